@@ -1,0 +1,530 @@
+"""The one hot path: states, log-probabilities and answers of a causal language model, for all four scripts.
+
+An episode here is a prompt and a *tree* of answer tokens. Node 0 is the state after the prompt; every other node is the
+state after one more token. All samples of one prompt (or all spellings of a task's labels) are paths in the same tree,
+so the prompt is pushed through the network once, however many answers are looked at. Four savings, all of them exact:
+
+1. The tokens with which all prompts begin (instruction, demonstrations) go through the network once per call, not once
+   per row; in training their keys and values are leaves that collect the micro-batches' gradients, which go back
+   through the prefix once.
+2. Rows are sorted by length and cut into micro-batches by a budget of tokens, not by a count.
+3. The vocabulary projection sees only the states where an answer token is chosen.
+4. Tokens that end an answer, or that the label set forces, are never pushed through the network.
+
+`check()` compares all this with the plain forward once; a model it does not fit falls back to the plain forward.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+TOKENS_PER_MICRO_BATCH = 1024
+MASKED = -1e9
+
+
+@dataclass
+class Tree:
+    """Answer tokens as a tree: node i > 0 is the state after `tokens[i]`, which follows node `parents[i]` < i."""
+
+    tokens: list[int] = field(default_factory=lambda: [-1])
+    parents: list[int] = field(default_factory=lambda: [-1])
+    depths: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self):
+        self._children = {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens)) if i}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def child(self, node: int, token: int) -> int:
+        """The node after `token` at `node`; made if it is not there yet."""
+        if (node, token) not in self._children:
+            self._children[node, token] = len(self)
+            self.tokens.append(token)
+            self.parents.append(node)
+            self.depths.append(self.depths[node] + 1)
+        return self._children[node, token]
+
+    def path(self, node: int) -> list[int]:
+        """The tokens from the prompt's end to `node`."""
+        tokens = []
+        while node > 0:
+            tokens.insert(0, self.tokens[node])
+            node = self.parents[node]
+        return tokens
+
+
+@dataclass
+class Answer:
+    """One generated answer: `tokens[t]` was chosen at node `nodes[t]` of its prompt's tree."""
+
+    tokens: list[int]
+    nodes: list[int]
+    ended: bool  # by the end-of-sequence token (which is not in `tokens`' text) or by the stop rule
+    text: str
+
+
+class LabelTrie:
+    """The spellings of a task's labels as a tree, and which tokens may follow at each node.
+
+    Attributes:
+        tree: the nodes that must be known to choose among the labels; a forced token has none of its own.
+        vocabulary: (tokens,) the token ids that may be chosen anywhere; all distributions are over these columns.
+        mask: (nodes, tokens), 0 where the column's token continues a label (or closes the answer), MASKED elsewhere.
+        paths: for every label, the decisions [(node, column), ...] that lead to it.
+    """
+
+    def __init__(self, spellings: list[list[int]], close_token: int):
+        """spellings: token ids of every label, by class id. Raises ValueError if two labels are spelled alike."""
+        if len({tuple(s) for s in spellings}) < len(spellings) or not all(spellings):
+            raise ValueError("two labels have the same spelling, or one has none: give every label its own word")
+        complete = [[*s, close_token] for s in spellings]
+        self.spellings = spellings
+        self.tree = Tree()
+        choices: dict[int, set[int]] = {}
+        self.paths: list[list[tuple[int, int]]] = []
+        decisions = []
+        for spelling in complete:
+            node, path = 0, []
+            for t, token in enumerate(spelling):
+                options = {other[t] for other in complete if other[:t] == spelling[:t]}
+                if len(options) > 1:
+                    # The tokens since the last decision were forced: they enter the tree only now that they matter.
+                    for known in spelling[self.tree.depths[node] : t]:
+                        node = self.tree.child(node, known)
+                    choices[node] = options
+                    path.append((node, token))
+            decisions.append(path)
+        self.vocabulary = sorted(set().union(*choices.values()))
+        column = {token: i for i, token in enumerate(self.vocabulary)}
+        # A finite number, so that probability times log-probability is 0 and not NaN for a masked token.
+        self.mask = torch.full((len(self.tree), len(self.vocabulary)), MASKED)
+        for node, options in choices.items():
+            self.mask[node, [column[token] for token in options]] = 0.0
+        self.paths = [[(node, column[token]) for node, token in path] for path in decisions]
+        self._next = {tuple(path[:t]): path[t][0] for path in self.paths for t in range(len(path))}
+        self._label = {tuple(path): label for label, path in enumerate(self.paths)}
+
+    def label_log_probs(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """(batch, nodes, columns) log-probs of decisions -> (batch, labels) log-probs of whole labels."""
+        columns = []
+        for path in self.paths:
+            nodes, tokens = zip(*path)
+            columns.append(log_probs[:, list(nodes), list(tokens)].sum(-1))
+        return torch.stack(columns, dim=-1)
+
+    def choose(self, log_probs: torch.Tensor, generator: torch.Generator | None) -> tuple[int, list[tuple[int, int]]]:
+        """(nodes, columns) log-probs of one row -> a label and its decisions [(node, column), ...].
+
+        Token by token, as generation would: sampled, or the most probable token each time if there is no generator.
+        """
+        path: list[tuple[int, int]] = []
+        while tuple(path) not in self._label:
+            node = self._next[tuple(path)]
+            if generator is None:
+                column = int(log_probs[node].argmax())
+            else:
+                column = int(torch.multinomial(log_probs[node].exp(), 1, generator=generator))
+            path.append((node, column))
+        return self._label[tuple(path)], path
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts share at their start; at least one token of every prompt stays outside."""
+    shortest, longest = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    length = 0
+    while length < limit and shortest[length] == longest[length]:
+        length += 1
+    return length
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Row numbers sorted by length, longest first, cut so that rows x longest row <= budget (at least one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+class Engine:
+    """States and answers of `model` (a causal language model, with or without a LoRA adapter)."""
+
+    def __init__(self, model: nn.Module, tokenizer, tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH):
+        self.model = model
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.backbone = causal_lm.base_model
+        self.causal_lm = causal_lm
+        self.head = causal_lm.get_output_embeddings()
+        self.tokenizer = tokenizer
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.plain = False  # set by check() for a model that the shared prefix does not fit
+        self.tokens_computed = 0
+        self._reference_prefix: tuple[tuple[int, ...], list] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    # ------------------------------------------------------------------------------------------------- states
+
+    def logits(self, states: torch.Tensor, vocabulary: list[int] | None = None) -> torch.Tensor:
+        """(..., hidden) states -> (..., tokens) float32 logits, of `vocabulary`'s columns only if given."""
+        if vocabulary is None:
+            return self.head(states).float()
+        bias = None if self.head.bias is None else self.head.bias[vocabulary]
+        return nn.functional.linear(states, self.head.weight[vocabulary], bias).float()
+
+    @torch.no_grad()
+    def states(self, prompts: list[list[int]], trees: list[Tree], reference: bool = False) -> list[torch.Tensor]:
+        """The hidden state of every node, per prompt (nodes, hidden). `reference`: with the adapter switched off."""
+        result: list = [None] * len(prompts)
+        with self._reference_model() if reference else contextlib.nullcontext():
+            prefix = self._prefix(prompts, reference)
+            for rows in self._batches(prompts, trees, prefix[0]):
+                states = self._forward([prompts[i] for i in rows], [trees[i] for i in rows], prefix)
+                for i, state in zip(rows, states):
+                    result[i] = state[: len(trees[i])]
+        return result
+
+    def training_batches(
+        self, prompts: list[list[int]], trees: list[Tree]
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield (row numbers, states (rows, nodes, hidden)) with gradient, one micro-batch at a time.
+
+        The caller runs backward on each before asking for the next; after the last one the gradients that collected in
+        the shared prefix's keys and values are sent through it. Memory holds one micro-batch and the prefix.
+        """
+        length = 0 if self.plain else common_prefix(prompts)
+        pairs, leaves = [], []
+        if length:
+            pairs = self._run_prefix(prompts[0][:length])
+            leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in pairs]
+        for rows in self._batches(prompts, trees, length):
+            yield rows, self._forward([prompts[i] for i in rows], [trees[i] for i in rows], (length, leaves))
+        # Without an adapter in front of it (keys of the first layer, say) a tensor carries no gradient.
+        sent = [
+            (x, leaf.grad)
+            for pair, leaf_pair in zip(pairs, leaves)
+            for x, leaf in zip(pair, leaf_pair)
+            if x.requires_grad and leaf.grad is not None
+        ]
+        if sent:
+            torch.autograd.backward([x for x, _ in sent], [grad for _, grad in sent])
+
+    def _batches(self, prompts, trees, prefix_length: int) -> list[list[int]]:
+        lengths = [len(p) - prefix_length + len(t) for p, t in zip(prompts, trees)]
+        return micro_batches(lengths, self.tokens_per_micro_batch)
+
+    def _prefix(self, prompts: list[list[int]], reference: bool = False) -> tuple[int, list]:
+        """(length, keys and values per layer (1, heads, length, size)) of the tokens that all prompts begin with."""
+        length = 0 if self.plain else common_prefix(prompts)
+        if not length:
+            return 0, []
+        ids = tuple(prompts[0][:length])
+        if reference and self._reference_prefix is not None:
+            # The reference never changes: any longer prefix that was computed before begins with this one.
+            known, pairs = self._reference_prefix
+            if known[:length] == ids:
+                return length, [(k[:, :, :length], v[:, :, :length]) for k, v in pairs]
+        pairs = self._run_prefix(list(ids))
+        if reference:
+            self._reference_prefix = (ids, pairs)
+        return length, pairs
+
+    def _run_prefix(self, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        self.tokens_computed += len(ids)
+        cache = DynamicCache()
+        self.backbone(torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _cache(self, pairs: list, rows: int) -> DynamicCache:
+        """A cache that begins with the prefix's keys and values, expanded (not copied) over the rows."""
+        cache = DynamicCache()
+        cache.layers = []
+        for keys, values in pairs:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (keys, values))
+            cache.layers.append(layer)
+        return cache
+
+    def _forward(self, prompts, trees, prefix: tuple[int, list], cache: DynamicCache | None = None) -> torch.Tensor:
+        """States (rows, nodes, hidden) of the trees' nodes; rows are padded to the largest tree.
+
+        Columns: the prompts after the prefix, padded on the right to the longest, then the trees' tokens. A tree token
+        sees its own prompt and its ancestors, and stands at the position it would have in a plain sequence.
+        """
+        if self.plain:
+            return self._plain_forward(prompts, trees)
+        length, pairs = prefix
+        rests = [p[length:] for p in prompts]
+        width, nodes = max(map(len, rests)), max(map(len, trees)) - 1
+        rows, pad = len(rests), self.tokenizer.pad_token_id
+        self.tokens_computed += rows * (width + nodes)
+        ids = torch.tensor(
+            [r + [pad] * (width - len(r)) + t.tokens[1:] + [pad] * (nodes + 1 - len(t)) for r, t in zip(rests, trees)]
+        )
+        sizes = torch.tensor([len(r) for r in rests])
+        positions = length + torch.cat(
+            [
+                torch.arange(width).expand(rows, width),
+                torch.tensor([[len(r) + d - 1 for d in _padded(t.depths, nodes)] for r, t in zip(rests, trees)]).view(
+                    rows, nodes
+                ),
+            ],
+            dim=1,
+        )
+        mask = torch.ones(rows, width + nodes, length + width + nodes, dtype=torch.bool)
+        mask[:, :width, length:] = torch.ones(width, width + nodes, dtype=torch.bool).tril()
+        if nodes:
+            mask[:, width:, length : length + width] = (torch.arange(width) < sizes[:, None])[:, None]
+            mask[:, width:, length + width :] = torch.stack([_ancestors(t.parents, nodes) for t in trees])
+        hidden = self.backbone(
+            ids.to(self.device),
+            attention_mask=mask[:, None].to(self.device),
+            position_ids=positions.to(self.device),
+            past_key_values=self._cache(pairs, rows) if cache is None else cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = hidden[torch.arange(rows, device=hidden.device), (sizes - 1).to(hidden.device)]
+        return torch.cat([last[:, None], hidden[:, width:]], dim=1)
+
+    def _plain_forward(self, prompts: list[list[int]], trees: list[Tree]) -> torch.Tensor:
+        """The same states by the plain way: every path through a tree is a padded sequence of its own."""
+        sequences, owners = [], []
+        for row, (prompt, tree) in enumerate(zip(prompts, trees)):
+            inner = set(tree.parents)
+            for node in range(len(tree)):
+                if node not in inner:
+                    sequences.append(prompt + tree.path(node))
+                    owners.append((row, node))
+        width, pad = max(map(len, sequences)), self.tokenizer.pad_token_id
+        self.tokens_computed += width * len(sequences)
+        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self.device)
+        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self.device)
+        hidden = self.backbone(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        where: list[list] = [[(0, 0)] * max(map(len, trees)) for _ in prompts]
+        for sequence, (row, node) in enumerate(owners):
+            while node >= 0:
+                where[row][node] = (sequence, len(prompts[row]) - 1 + trees[row].depths[node])
+                node = trees[row].parents[node]
+        index = torch.tensor(where, device=hidden.device)
+        return hidden[index[..., 0], index[..., 1]]
+
+    # --------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        stop: Callable[[str], bool],
+        max_new_tokens: int,
+        samples: int = 1,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
+        """Answer every prompt `samples` times; temperature 0 is greedy.
+
+        An answer ends at the end-of-sequence token, when `stop(text so far)` says so, or after `max_new_tokens`.
+        Samples of a prompt that agree so far share their forward; a row whose answers have all ended leaves the batch.
+        Returns, per prompt: the tree of all tokens that had to be pushed through the network, the answers, and the
+        states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU, in the order of the
+        prompts, whatever the micro-batches are.
+        """
+        trees = [Tree() for _ in prompts]
+        answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
+        states: list = [None] * len(prompts)
+        prefix = self._prefix(prompts)
+        # Every row draws from its own stream, so that micro-batching cannot change what is sampled.
+        seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist() if temperature > 0 else []
+        # Room for the answers: a decoding row holds its prompt and about as many nodes as tokens are generated.
+        room = min(samples * max_new_tokens, 64)
+        lengths = [len(p) - prefix[0] + room for p in prompts]
+        for rows in micro_batches(lengths, 4 * self.tokens_per_micro_batch):
+            streams = [torch.Generator().manual_seed(seeds[i]) if seeds else None for i in rows]
+            batch_states = self._decode(
+                [prompts[i] for i in rows],
+                [trees[i] for i in rows],
+                [answers[i] for i in rows],
+                prefix,
+                stop,
+                max_new_tokens,
+                temperature,
+                streams,
+            )
+            for i, state in zip(rows, batch_states):
+                states[i] = state
+        return trees, answers, states
+
+    def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams):
+        """Grow the trees level by level; all arguments are the rows of one micro-batch. Returns states per row."""
+        cache = self._cache(prefix[1], len(prompts)) if not self.plain else None
+        root = self._forward(prompts, trees, prefix, cache)[:, 0]  # (rows, hidden)
+        states = [[state] for state in root]
+        rows = list(range(len(prompts)))  # rows still in the batch, in the cache's order
+        width = max(map(len, prompts)) - prefix[0]
+        visible = torch.ones(len(prompts), prefix[0] + width, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            visible[row, len(prompt) :] = False
+        columns: list[dict[int, int]] = [{} for _ in prompts]  # node -> its column in the cache
+        fresh: list[list[int]] = [[0] for _ in prompts]  # nodes whose state is known and whose next token is not chosen
+        latest = root[:, None]
+        for step in range(max_new_tokens):
+            logits = self.logits(latest)  # (rows in batch, fresh nodes, vocabulary)
+            grown: list[list[int]] = []
+            for place, row in enumerate(rows):
+                where = {node: i for i, node in enumerate(fresh[row])}
+                last = step + 1 == max_new_tokens
+                grown.append(
+                    self._choose(
+                        trees[row], answers[row], where, logits[place], temperature, streams[row], stop, step, last
+                    )
+                )
+            keep = [place for place, new in enumerate(grown) if new]
+            if not keep:
+                break
+            if len(keep) < len(rows):
+                rows, grown = [rows[p] for p in keep], [grown[p] for p in keep]
+                if cache is not None:
+                    cache.batch_select_indices(torch.tensor(keep, device=self.device))
+                visible = visible[keep]
+            for row, new in zip(rows, grown):
+                fresh[row] = new
+            if self.plain:
+                full = self._plain_forward([prompts[r] for r in rows], [trees[r] for r in rows])
+                latest = torch.stack(
+                    [full[p][_padded_list(fresh[r], max(map(len, grown)))] for p, r in enumerate(rows)]
+                )
+            else:
+                latest, visible = self._extend(prompts, trees, rows, grown, columns, visible, cache)
+            for place, row in enumerate(rows):
+                states[row].extend(latest[place, : len(fresh[row])])
+        return [torch.stack(s) for s in states]
+
+    def _extend(self, prompts, trees, rows, grown, columns, visible, cache):
+        """Push the grown nodes (one level of every tree) through the network. Returns their states and the new mask."""
+        seen, width = visible.shape[1], max(map(len, grown))
+        pad = self.tokenizer.pad_token_id
+        self.tokens_computed += len(rows) * width
+        ids = torch.full((len(rows), width), pad)
+        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, seen + width, dtype=torch.bool)
+        mask[:, :, :seen] = visible[:, None]
+        for place, (row, new) in enumerate(zip(rows, grown)):
+            tree = trees[row]
+            for i, node in enumerate(new):
+                columns[row][node] = seen + i
+                ids[place, i] = tree.tokens[node]
+                positions[place, i] = len(prompts[row]) + tree.depths[node] - 1
+                while node > 0:
+                    mask[place, i, columns[row][node]] = True
+                    node = tree.parents[node]
+            for i in range(len(new), width):
+                mask[place, i, seen + i] = True  # padding sees itself: a row without any key would be NaN
+        latest = self.backbone(
+            ids.to(self.device),
+            attention_mask=mask[:, None].to(self.device),
+            position_ids=positions.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        hidden = torch.zeros(len(rows), width, dtype=torch.bool)
+        return latest, torch.cat([visible, hidden], dim=1)
+
+    def _choose(self, tree, answers, where, logits, temperature, stream, stop, step, last) -> list[int]:
+        """Choose the next token of every unfinished answer of one row; returns the nodes that must be computed next.
+
+        where: the row's fresh nodes and their line in logits (fresh nodes, vocabulary).
+        """
+        groups: dict[int, list[Answer]] = {}
+        for answer in answers:
+            if not answer.ended and len(answer.tokens) == step:
+                node = tree.child(answer.nodes[-1], answer.tokens[-1]) if step else 0
+                groups.setdefault(node, []).append(answer)
+        new: list[int] = []
+        texts: dict[tuple[int, int], tuple[str, bool]] = {}
+        for node, group in groups.items():
+            line = logits[where[node]]
+            if temperature > 0:
+                drawn = torch.multinomial(
+                    torch.softmax(line / temperature, -1).cpu(), len(group), replacement=True, generator=stream
+                ).tolist()
+            else:
+                drawn = [int(line.argmax())] * len(group)
+            for answer, token in zip(group, drawn):
+                answer.nodes.append(node)
+                answer.tokens.append(token)
+                if (node, token) not in texts:
+                    texts[node, token] = self._text_after(answer, stop)
+                answer.text, answer.ended = texts[node, token]
+                if not answer.ended and not last:
+                    child = tree.child(node, token)
+                    if child not in new:
+                        new.append(child)
+        return new
+
+    def _text_after(self, answer: Answer, stop) -> tuple[str, bool]:
+        if answer.tokens[-1] == self.tokenizer.eos_token_id:
+            return self.tokenizer.decode(answer.tokens[:-1], clean_up_tokenization_spaces=False), True
+        text = self.tokenizer.decode(answer.tokens, clean_up_tokenization_spaces=False)
+        return text, stop(text)
+
+    # ------------------------------------------------------------------------------------------------- safety
+
+    @contextlib.contextmanager
+    def _reference_model(self):
+        if hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
+
+    @torch.no_grad()
+    def check(self, tolerance: float = 1e-3) -> str | None:
+        """Compare with the plain forward on a small example; on a mismatch fall back to it and return why.
+
+        Raises ValueError for a model whose logits are not its output layer applied to its last hidden state.
+        """
+        n = min(self.head.weight.shape[0], 1000)
+        prompts = [[(7 * i + 3) % n for i in range(12)], [(7 * i + 3) % n for i in range(5)] + [11, 12]]
+        tree = Tree([-1, 5 % n, 6 % n, 7 % n], [-1, 0, 0, 1], [0, 1, 1, 2])
+        plain = self._plain_forward(prompts, [tree, tree]).float()
+        logits = self.causal_lm(torch.tensor([prompts[0]], device=self.device)).logits[0, -1].float()
+        loose = tolerance if plain.dtype == self.head.weight.dtype else 5e-2
+        if not torch.allclose(self.logits(plain[0, 0].to(self.head.weight.dtype)), logits, rtol=loose, atol=10 * loose):
+            raise ValueError("this model changes its logits after the output layer, which PPO here does not support")
+        try:
+            shared = torch.stack(self.states(prompts, [tree, tree])).float()
+            error = float((shared - plain).norm() / plain.norm())
+            reason = f"relative error {error:.1e}" if not error < loose else None
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as problem:
+            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        self.plain = reason is not None
+        return reason
+
+
+def _padded(depths: list[int], nodes: int) -> list[int]:
+    return depths[1:] + [1] * (nodes + 1 - len(depths))
+
+
+def _padded_list(items: list[int], size: int) -> list[int]:
+    return items + [0] * (size - len(items))
+
+
+def _ancestors(parents: list[int], nodes: int) -> torch.Tensor:
+    """(nodes, nodes): which tree tokens (root not counted) a tree token sees; padding sees itself."""
+    seen = torch.eye(nodes, dtype=torch.bool)
+    for node in range(1, len(parents)):
+        if parents[node] > 0:
+            seen[node - 1] |= seen[parents[node] - 1]
+    return seen

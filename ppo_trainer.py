@@ -1,0 +1,567 @@
+"""PPO for answers of a few tokens: PPOConfig and PPOTrainer, on top of transformers.Trainer.
+
+One trainer step is one rollout and all updates on it, so `max_steps`, `eval_steps` and `save_steps` count PPO steps.
+Progress, checkpoints, resume, schedules and accelerate come from Trainer. Formulas: PPO, Schulman et al. 2017
+(https://arxiv.org/abs/1707.06347); GAE, Schulman et al. 2016 (https://arxiv.org/abs/1506.02438); the sum over all
+actions in place of a sample, Asadi et al. 2017 (https://arxiv.org/abs/1709.00503) and Ciosek and Whiteson 2018
+(https://arxiv.org/abs/1801.05134); the implementation details follow https://arxiv.org/abs/2403.17031.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from engine import Answer, Engine, LabelTrie, Tree
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+KL_SAMPLE = 8  # prompts on which the KL is measured when it is not part of the reward
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says at which step, why, and where the last checkpoint lies."""
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """TrainingArguments and what PPO adds. `per_device_train_batch_size` counts prompts."""
+
+    answer_space: str = field(default="labels", metadata={"help": "labels: other answers are masked; free: any token"})
+    policy_gradient: str = field(default="expected", metadata={"help": "sampled, or expected over all labels"})
+    samples_per_prompt: int = field(default=1, metadata={"help": "answers sampled per prompt and step"})
+    temperature: float = field(default=1.0, metadata={"help": "of sampling, and of all log-probabilities"})
+    max_response_length: int = field(default=16, metadata={"help": "tokens of an answer at most"})
+    ppo_epochs: int = field(default=1, metadata={"help": "passes over each rollout"})
+    num_minibatches: int = field(default=1, metadata={"help": "updates per pass; must divide the prompts per step"})
+    clip_range: float = field(default=0.2, metadata={"help": "of the probability ratio"})
+    value_clip_range: float = field(default=0.2, metadata={"help": "of the value's change"})
+    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference in the reward"})
+    entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
+    value_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
+    value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value head"})
+    gamma: float = field(default=1.0, metadata={"help": "discount"})
+    lam: float = field(default=1.0, metadata={"help": "GAE's lambda"})
+    tokens_per_micro_batch: int = field(default=1024, metadata={"help": "tokens that go through the network at once"})
+
+
+# ---------------------------------------------------------------------------------------------------- pure functions
+
+
+def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> tuple[list[float], list[float]]:
+    """Advantages and returns of one answer of T tokens; after the last token the value is 0. (GAE, equation 16.)"""
+    advantages, following, value = [0.0] * len(rewards), 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * value - values[t]
+        following = delta + gamma * lam * following
+        advantages[t], value = following, values[t]
+    return advantages, [a + v for a, v in zip(advantages, values)]
+
+
+def whiten(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance; fewer than two values, or values that are all equal, are left as they are."""
+    if x.numel() < 2 or float(x.std()) < 1e-6:
+        return x
+    return (x - x.mean()) / x.std()
+
+
+def clipped_surrogate(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """PPO's objective per action, to be maximised. (PPO, equation 7.)"""
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+
+
+def clipped_value_loss(
+    new: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip_range: float
+) -> torch.Tensor:
+    """Half the squared error per state, the larger one of the value and of its clipped change."""
+    clipped = old + (new - old).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns); 0 if the returns do not vary."""
+    variance = float(returns.var(unbiased=False))
+    return 1 - float((returns - values).var(unbiased=False)) / variance if variance > 1e-12 else 0.0
+
+
+@dataclass
+class Rollout:
+    """One step's answers. Actions of all answers lie behind one another; an action's state is a node of a tree."""
+
+    prompts: list[list[int]]
+    trees: list[Tree]
+    prompt: torch.Tensor  # (actions,) the prompt's number
+    node: torch.Tensor  # (actions,) the node at which the action was chosen
+    column: torch.Tensor  # (actions,) the token, as a column of the answer space
+    log_probs: torch.Tensor  # (actions,) under the policy that chose it
+    values: torch.Tensor  # (actions,)
+    advantages: torch.Tensor  # (actions,)
+    returns: torch.Tensor  # (actions,)
+
+
+class PPOTrainer(Trainer):
+    """PPO on prompts whose answers a reward function can judge.
+
+    Args:
+        model: a causal language model; with `peft_config` an adapter is put on it, and the model without the adapter
+            is the reference.
+        reward_funcs: one or several functions `(completions: list[str], **columns) -> list[float]` (TRL's signature);
+            their rewards add up.
+        args: PPOConfig.
+        train_dataset: rows with `prompt_ids` (token ids) or `prompt` (text), and the columns the rewards need.
+        processing_class: the tokenizer.
+        label_words: the words of the label set; needed for `answer_space="labels"`.
+        completion: in labels mode, how a word is completed to the text that the reward functions judge.
+        stop: in free mode, whether an answer's text so far is complete, or can never become a valid one.
+        credit: how many characters of an answer's text earn its reward (the label's end); None means all.
+        compute_metrics: `(engine) -> dict` for evaluation on held-out rows.
+    """
+
+    _tag_names = ["ppo"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: Callable | Sequence[Callable],
+        args: PPOConfig,
+        train_dataset: Dataset | list[dict],
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None = None,
+        label_words: Sequence[str] = (),
+        completion: Callable[[str], str] = str,
+        stop: Callable[[str], bool] = lambda text: False,
+        credit: Callable[[str], int | None] = lambda text: None,
+        compute_metrics: Callable[[Engine], dict[str, float]] | None = None,
+        callbacks: list | None = None,
+    ):
+        if args.answer_space == "labels" and len(label_words) < 2:
+            raise ValueError("answer_space='labels' needs at least two label_words; use answer_space='free'")
+        if args.per_device_train_batch_size % args.num_minibatches:
+            raise ValueError(
+                f"{args.per_device_train_batch_size} prompts per step cannot be divided into "
+                f"{args.num_minibatches} minibatches"
+            )
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.label_words, self.completion, self.stop, self.credit = tuple(label_words), completion, stop, credit
+        self.expected = args.answer_space == "labels" and args.policy_gradient == "expected"
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=True, dtype=torch.float32)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        model.add_module("value_head", head)
+        args.remove_unused_columns = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda rows: {"rows": rows},
+            train_dataset=train_dataset,
+            eval_dataset=[] if compute_metrics else None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.evaluation = compute_metrics
+        self.engine = Engine(model, processing_class, args.tokens_per_micro_batch)
+        self.trie = None
+        if args.answer_space == "labels":
+            spellings = [processing_class(w, add_special_tokens=False).input_ids for w in self.label_words]
+            self.trie = LabelTrie(spellings, processing_class.eos_token_id)
+        self._step_metrics: dict[str, float] = {}
+        self.episodes: list[dict] = []  # of the last step: prompt, answer, reward, row
+
+    # ---------------------------------------------------------------------------------------------------- the policy
+
+    def log_distribution(self, states: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+        """(n, hidden) states of (n,) nodes -> (n, columns) log-probabilities of the answer space.
+
+        One distribution for sampling, old, new and reference log-probabilities: same temperature, same mask.
+        """
+        if self.trie is None:
+            return torch.log_softmax(self.engine.logits(states) / self.args.temperature, dim=-1)
+        logits = self.engine.logits(states, self.trie.vocabulary) / self.args.temperature
+        return torch.log_softmax(logits + self.trie.mask.to(logits.device)[nodes], dim=-1)
+
+    def values(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) states -> (...) values. The states are detached: the critic does not shape the policy."""
+        return self.model.value_head(states.detach().float())[..., 0]
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Roll out, then update; the last update's optimizer step is left to Trainer. Returns the mean loss."""
+        model.eval()  # dropout would make the ratio differ from 1 on the first pass
+        started, tokens = time.perf_counter(), self.engine.tokens_computed
+        self.generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        rows = inputs["rows"]
+        prompts = [self._prompt_ids(row) for row in rows]
+        step = self._expected_step(rows, prompts) if self.expected else self._sampled_step(rows, prompts)
+        loss = torch.tensor(step, device=self.args.device)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
+                "Lower --learning_rate or raise --kl_coef"
+            )
+        seconds = time.perf_counter() - started
+        self._step_metrics |= {
+            "time/seconds_per_step": seconds,
+            "time/samples_per_second": len(rows) * self._samples() / seconds,
+            "time/tokens_per_second": (self.engine.tokens_computed - tokens) / seconds,
+        }
+        return loss
+
+    def _samples(self) -> int:
+        return 1 if self.expected else self.args.samples_per_prompt
+
+    def _prompt_ids(self, row: dict) -> list[int]:
+        if "prompt_ids" in row:
+            return list(row["prompt_ids"])
+        return self.processing_class(row["prompt"], add_special_tokens=False).input_ids
+
+    def _updates(self, count: int):
+        """Yield (number of the update, prompt numbers), with an optimizer step between one update and the next."""
+        size, total = count // self.args.num_minibatches, self.args.ppo_epochs * self.args.num_minibatches
+        order: list[int] = []
+        for update in range(total):
+            if not order:
+                order = torch.randperm(count, generator=self.generator).tolist() if total > 1 else list(range(count))
+            if update:
+                self._clip_grad_norm(self.model)
+                self.optimizer.step()
+                self.model.zero_grad()
+            minibatch, order = order[:size], order[size:]
+            yield update, minibatch
+
+    # ------------------------------------------------------------------------------- expected: all labels, no samples
+
+    def _expected_step(self, rows: list[dict], prompts: list[list[int]]) -> float:
+        """The clipped surrogate summed over all labels, weighted by the old policy.
+
+        The first update's own forward serves as the rollout's: old and new policy are the same there, and the ratio is
+        exactly 1. An advantage is a label's reward less the mean reward under the old policy, so no critic is needed.
+        """
+        args, trie = self.args, self.trie
+        trees = [trie.tree] * len(prompts)
+        nodes = torch.arange(len(trie.tree))
+        rewards = self._label_rewards(rows).to(args.device)  # (prompts, labels)
+        measured = len(prompts) if args.kl_coef else min(KL_SAMPLE, len(prompts))
+        reference = torch.zeros_like(rewards)
+        with torch.no_grad():
+            for i, states in enumerate(self.engine.states(prompts[:measured], trees[:measured], reference=True)):
+                reference[i] = trie.label_log_probs(self.log_distribution(states, nodes)[None])[0]
+        old = torch.zeros_like(rewards)
+        known = torch.zeros(len(rows), dtype=torch.bool)
+        sums: dict[str, float] = {}
+        for _, minibatch in self._updates(len(prompts)):
+            batches = self.engine.training_batches([prompts[i] for i in minibatch], [trees[i] for i in minibatch])
+            for places, states in batches:
+                index = torch.tensor([minibatch[p] for p in places])
+                node_log_probs = self.log_distribution(states, nodes)  # (rows, nodes, columns)
+                new = trie.label_log_probs(node_log_probs)  # (rows, labels)
+                fresh = index[~known[index]]
+                if len(fresh):
+                    old[fresh] = new.detach()[~known[index]]
+                    known[fresh] = True
+                before = old[index]
+                q = rewards[index] - args.kl_coef * (before - reference[index])
+                advantage = q - (before.exp() * q).sum(-1, keepdim=True)
+                ratio = torch.exp(new - before)
+                surrogate = (before.exp() * clipped_surrogate(ratio, advantage, args.clip_range)).sum(-1)
+                entropy = -(new.exp() * new).sum(-1)
+                loss = -(surrogate + args.entropy_coef * entropy).sum() / len(minibatch)
+                self.accelerator.backward(loss)
+                with torch.no_grad():
+                    clipped = (before.exp() * ((ratio - 1).abs() > args.clip_range)).sum()
+                    divergence = (before.exp() * (before - new)).sum()
+                    for name, value in {"loss": loss * len(minibatch), "entropy": entropy.sum(), "clip": clipped,
+                                        "approx_kl": divergence}.items():  # fmt: skip
+                        sums[name] = sums.get(name, 0.0) + float(value)
+        passes = args.ppo_epochs * len(prompts)
+        chance = old.exp()
+        self._log_step(
+            reward=(chance * rewards).sum(-1),
+            kl=float((chance * (old - reference)).sum(-1)[:measured].mean()),
+            entropy=sums["entropy"] / passes,
+            shares={word: float(share) for word, share in zip(self.label_words, chance.mean(0))},
+            spread=float((chance * (rewards - (chance * rewards).sum(-1, keepdim=True)) ** 2).sum(-1).mean().sqrt()),
+        )
+        self._step_metrics |= {
+            "policy/clip_fraction": sums["clip"] / passes,
+            "policy/approx_kl": sums["approx_kl"] / passes,
+        }
+        best = old.argmax(-1).tolist()
+        self.episodes = [
+            {"prompt": p, "answer": self.label_words[a], "reward": float(r[a]), "row": row}
+            for p, a, r, row in zip(prompts, best, rewards, rows)
+        ]
+        return sums["loss"] / passes
+
+    def _label_rewards(self, rows: list[dict]) -> torch.Tensor:
+        """(prompts, labels) reward of every label for every row."""
+        texts = [self.completion(word) for word in self.label_words]
+        flat = self._rewards(texts * len(rows), [row for row in rows for _ in texts])
+        return torch.tensor(flat).view(len(rows), len(texts))
+
+    def _rewards(self, completions: list[str], rows: list[dict]) -> list[float]:
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "completions"}
+        totals = [0.0] * len(completions)
+        for function in self.reward_funcs:
+            values = function(completions=completions, **columns)
+            if len(values) != len(completions) or not all(math.isfinite(v) for v in values):
+                raise TrainingError(
+                    f"the reward function {getattr(function, '__name__', function)} must return one finite number per "
+                    f"completion; it returned {len(values)} for {len(completions)}: {values[:5]}"
+                )
+            totals = [a + b for a, b in zip(totals, values)]
+        return totals
+
+    # --------------------------------------------------------------------------------------------------- sampled PPO
+
+    def _sampled_step(self, rows: list[dict], prompts: list[list[int]]) -> float:
+        """PPO as published: sample answers, estimate advantages with the critic, update on the clipped surrogate."""
+        args = self.args
+        rollout = self._rollout(rows, prompts)
+        by_prompt: list[list[int]] = [[] for _ in prompts]
+        for action, prompt in enumerate(rollout.prompt.tolist()):
+            by_prompt[prompt].append(action)
+        sums: dict[str, float] = {}
+        actions_seen = 0
+        for _, minibatch in self._updates(len(prompts)):
+            total = sum(len(by_prompt[i]) for i in minibatch)
+            actions_seen += total
+            batches = self.engine.training_batches(
+                [prompts[i] for i in minibatch], [rollout.trees[i] for i in minibatch]
+            )
+            for places, states in batches:
+                actions = [(place, a) for place, p in enumerate(places) for a in by_prompt[minibatch[p]]]
+                index = torch.tensor([a for _, a in actions], device=args.device)
+                place = torch.tensor([p for p, _ in actions], device=args.device)
+                # Samples that agree so far share a state: its distribution is computed once.
+                pairs, line = torch.unique(
+                    torch.stack([place, rollout.node[index]]), dim=1, return_inverse=True
+                )
+                at_node = states[pairs[0], pairs[1]]  # (states, hidden)
+                log_probs = self.log_distribution(at_node, pairs[1])  # (states, columns)
+                new = log_probs[line, rollout.column[index]]  # (actions,)
+                values = self.values(at_node)[line]
+                old, advantage = rollout.log_probs[index], rollout.advantages[index]
+                ratio = torch.exp(new - old)
+                surrogate = clipped_surrogate(ratio, advantage, args.clip_range)
+                entropy = -(log_probs.exp() * log_probs).sum(-1)[line]
+                value_loss = clipped_value_loss(
+                    values, rollout.values[index], rollout.returns[index], args.value_clip_range
+                )
+                per_action = -surrogate - args.entropy_coef * entropy + args.value_coef * value_loss
+                self.accelerator.backward(per_action.sum() / total)
+                with torch.no_grad():
+                    for name, value in {"loss": per_action, "entropy": entropy, "value_loss": value_loss,
+                                        "clip": ((ratio - 1).abs() > args.clip_range).float(),
+                                        "approx_kl": (ratio - 1) - (new - old), "ratio": ratio}.items():  # fmt: skip
+                        sums[name] = sums.get(name, 0.0) + float(value.sum())
+        mean = {name: value / actions_seen for name, value in sums.items()}
+        self._step_metrics |= {
+            "objective/entropy": mean["entropy"],
+            "policy/clip_fraction": mean["clip"],
+            "policy/approx_kl": mean["approx_kl"],
+            "policy/ratio": mean["ratio"],
+            "value/loss": mean["value_loss"],
+            "value/explained_variance": explained_variance(rollout.values, rollout.returns),
+        }
+        return mean["loss"]
+
+    @torch.no_grad()
+    def _rollout(self, rows: list[dict], prompts: list[list[int]]) -> Rollout:
+        args = self.args
+        trees, answers, states = self._answer(prompts)
+        flat = [(p, answer) for p, group in enumerate(answers) for answer in group]
+        scores = self._rewards([answer.text for _, answer in flat], [rows[p] for p, _ in flat])
+        column_of = {t: i for i, t in enumerate(self.trie.vocabulary)} if self.trie else None
+        prompt = torch.tensor([p for p, answer in flat for _ in answer.nodes])
+        node = torch.tensor([n for _, answer in flat for n in answer.nodes])
+        column = torch.tensor([column_of[t] if column_of else t for _, answer in flat for t in answer.tokens])
+        old, values = [], []
+        for p, group in enumerate(answers):
+            nodes = torch.arange(len(states[p]))
+            log_probs, value = self.log_distribution(states[p], nodes), self.values(states[p])
+            for answer in group:
+                tokens = [column_of[t] if column_of else t for t in answer.tokens]
+                old.append(log_probs[answer.nodes, tokens])
+                values.append(value[answer.nodes])
+        old, values = torch.cat(old), torch.cat(values)
+        kl = self._kl(prompts, trees, prompt, node, column, old)
+        rewards, start = (-args.kl_coef * kl).tolist(), 0
+        equal = max(scores) - min(scores) < 1e-6
+        starts = []
+        for (_, answer), score in zip(flat, scores):
+            rewards[start + self._credited(answer)] += score
+            starts.append(start)
+            start += len(answer.tokens)
+        advantages, returns = self._advantages(rewards, values, starts, flat)
+        if equal:
+            # Nothing tells one answer from another: what is left of the advantages would be the critic's noise.
+            advantages = torch.tensor(self._advantages((-args.kl_coef * kl).tolist(), values * 0, starts, flat)[0])
+        else:
+            advantages = whiten(torch.tensor(advantages))
+        self._log_rollout(rows, prompts, flat, scores, kl, equal)
+        device = args.device
+        return Rollout(
+            prompts, trees, prompt.to(device), node.to(device), column.to(device), old.to(device), values.to(device),
+            advantages.to(device), torch.tensor(returns, device=device),
+        )  # fmt: skip
+
+    def _advantages(self, rewards, values, starts, flat) -> tuple[list[float], list[float]]:
+        advantages, returns, values = [], [], values.tolist()
+        for start, (_, answer) in zip(starts, flat):
+            part = slice(start, start + len(answer.tokens))
+            a, r = gae(rewards[part], values[part], self.args.gamma, self.args.lam)
+            advantages += a
+            returns += r
+        return advantages, returns
+
+    def _answer(self, prompts: list[list[int]]) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
+        """Trees, sampled answers and states per prompt, in free mode by generation, in labels mode by the trie."""
+        args = self.args
+        if self.trie is None:
+            return self.engine.generate(
+                prompts, self.stop, args.max_response_length, args.samples_per_prompt, args.temperature, self.generator
+            )
+        trees = [self.trie.tree] * len(prompts)
+        states = self.engine.states(prompts, trees)
+        nodes = torch.arange(len(self.trie.tree))
+        answers = []
+        for state in states:
+            log_probs = self.log_distribution(state, nodes).cpu()
+            group = []
+            for _ in range(args.samples_per_prompt):
+                label, path = self.trie.choose(log_probs, self.generator)
+                tokens = [self.trie.vocabulary[column] for _, column in path]
+                text = self.completion(self.label_words[label])
+                group.append(Answer(tokens, [n for n, _ in path], True, text))
+            answers.append(group)
+        return trees, answers, states
+
+    def _credited(self, answer: Answer) -> int:
+        """Which of the answer's tokens earns the reward: the one that completes the label, else the last."""
+        end = self.credit(answer.text)
+        if self.trie is None and end is not None:
+            for t in range(len(answer.tokens)):
+                if len(self.processing_class.decode(answer.tokens[: t + 1])) >= end:
+                    return t
+        return len(answer.tokens) - 1
+
+    def _kl(self, prompts, trees, prompt, node, column, old) -> torch.Tensor:
+        """(actions,) log-probability less the reference's (k1); measured on a few prompts if it is no part of the reward."""
+        measured = len(prompts) if self.args.kl_coef else min(KL_SAMPLE, len(prompts))
+        kl = torch.zeros_like(old)
+        states = self.engine.states(prompts[:measured], trees[:measured], reference=True)
+        for p, state in enumerate(states):
+            mine = (prompt == p).nonzero()[:, 0]
+            log_probs = self.log_distribution(state, torch.arange(len(state)))
+            kl[mine] = old[mine] - log_probs[node[mine], column[mine]]
+        actions = int((prompt < measured).sum())
+        self._step_metrics["objective/kl"] = float(kl.sum()) / max(actions, 1)
+        return kl
+
+    # ------------------------------------------------------------------------------------------------------- logging
+
+    def _log_rollout(self, rows, prompts, flat, scores, kl, equal: bool) -> None:
+        self.episodes = [
+            {"prompt": prompts[p], "answer": answer.text, "reward": score, "row": rows[p]}
+            for (p, answer), score in zip(flat, scores)
+        ]
+        counts: dict[str, int] = {}
+        folded = {word.lower(): word for word in self.label_words}
+        for _, answer in flat:
+            end = self.credit(answer.text)
+            word = "invalid" if end is None else answer.text[:end].strip().lower()
+            counts[folded.get(word, word)] = counts.get(folded.get(word, word), 0) + 1
+        self._log_step(
+            reward=torch.tensor(scores),
+            kl=self._step_metrics["objective/kl"],
+            entropy=0.0,
+            shares={word: count / len(flat) for word, count in counts.items()},
+            spread=float(torch.tensor(scores).std()) if len(scores) > 1 else 0.0,
+        )
+        self._step_metrics["policy/equal_rewards"] = float(equal)
+        self._step_metrics["objective/response_length"] = sum(len(a.tokens) for _, a in flat) / len(flat)
+
+    def _log_step(self, reward: torch.Tensor, kl: float, entropy: float, shares: dict[str, float], spread: float):
+        self._step_metrics |= {
+            "objective/reward": float(reward.mean()),
+            "objective/reward_std": spread,
+            "objective/kl": kl,
+            "objective/entropy": entropy,
+            **{f"objective/share/{word}": share for word, share in shares.items()},
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the step's PPO metrics to Trainer's own, under the names of the dashboards."""
+        if "loss" in logs:
+            logs = {"policy/loss": logs.pop("loss"), "policy/learning_rate": logs.pop("learning_rate"),
+                    "policy/grad_norm": logs.pop("grad_norm", 0.0), **logs, **self._step_metrics}  # fmt: skip
+            self._step_metrics = {}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Run `compute_metrics` on the current policy; its figures are logged as eval/<name>."""
+        self.model.eval()
+        started = time.perf_counter()
+        metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
+        metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ------------------------------------------------------------------------------- optimizer, checkpoints, resume
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Adam (epsilon 1e-5, no weight decay) with a learning rate of its own for the value head."""
+        if self.optimizer is None:
+            head = list(self.model.value_head.parameters())
+            policy = [
+                p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith("value_head.")
+            ]
+            self.optimizer = torch.optim.Adam(
+                [
+                    {"params": policy, "lr": self.args.learning_rate},
+                    {"params": head, "lr": self.args.value_learning_rate},
+                ],
+                eps=1e-5,
+            )
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        """Clip policy and critic apart, so that a surprised critic does not shrink the policy's step."""
+        for group in self.optimizer.param_groups:
+            norm = nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient is {float(norm)} at step {self.state.global_step + 1}; "
+                    f"{self._last_checkpoint_text()}. Lower --learning_rate"
+                )
+            if group is self.optimizer.param_groups[0]:
+                policy_norm = norm
+        return policy_norm
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: Trainer's formula does not know the shared prefix."""
+        return 0
+
+    def _last_checkpoint_text(self) -> str:
+        checkpoints = sorted(Path(self.args.output_dir).glob("*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
+        return f"the last checkpoint is {checkpoints[-1].parent}" if checkpoints else "there is no checkpoint yet"
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        weights = {name: value.detach().cpu() for name, value in self.model.value_head.state_dict().items()}
+        save_file(weights, Path(output_dir or self.args.output_dir) / VALUE_HEAD_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.value_head.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE))
