@@ -29,11 +29,15 @@ MASKED = -1e9
 
 @dataclass
 class Tree:
-    """Answer tokens as a tree: node i > 0 is the state after `tokens[i]`, which follows node `parents[i]` < i."""
+    """Answer tokens as a tree: node i > 0 is the state after `tokens[i]`, which follows node `parents[i]` < i.
+
+    `allowed` names the only tokens that may be chosen at a node; a node that is not in it allows every token.
+    """
 
     tokens: list[int] = field(default_factory=lambda: [-1])
     parents: list[int] = field(default_factory=lambda: [-1])
     depths: list[int] = field(default_factory=lambda: [0])
+    allowed: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self):
         self._children = {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens)) if i}
@@ -65,8 +69,9 @@ class Answer:
 
     tokens: list[int]
     nodes: list[int]
-    ended: bool  # by the end-of-sequence token (which is not in `tokens`' text) or by the stop rule
+    ended: bool  # by the end-of-sequence token (which `text` leaves out) or by the stop rule
     text: str
+    label: int | None = None  # chosen among the labels of a trie, if it was
 
 
 class LabelTrie:
@@ -109,6 +114,22 @@ class LabelTrie:
         self.paths = [[(node, column[token]) for node, token in path] for path in decisions]
         self._next = {tuple(path[:t]): path[t][0] for path in self.paths for t in range(len(path))}
         self._label = {tuple(path): label for label, path in enumerate(self.paths)}
+
+    def log_probs(self, logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """(..., nodes, columns) logits of the vocabulary -> log-probs among the tokens that each node allows."""
+        return torch.log_softmax(logits / temperature + self.mask.to(logits.device), dim=-1)
+
+    def full_tree(self) -> tuple[Tree, list[list[tuple[int, int]]]]:
+        """All spellings as a tree, forced tokens too, and per label its [(node, token), ...]; nothing closes them."""
+        tree, steps = Tree(), []
+        for spelling in self.spellings:
+            node, path = 0, []
+            for t, token in enumerate(spelling):
+                path.append((node, token))
+                if t + 1 < len(spelling):
+                    node = tree.child(node, token)
+            steps.append(path)
+        return tree, steps
 
     def label_log_probs(self, log_probs: torch.Tensor) -> torch.Tensor:
         """(batch, nodes, columns) log-probs of decisions -> (batch, labels) log-probs of whole labels."""
@@ -196,9 +217,7 @@ class Engine:
                     result[i] = state[: len(trees[i])]
         return result
 
-    def training_batches(
-        self, prompts: list[list[int]], trees: list[Tree]
-    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def training_batches(self, prompts: list[list[int]], trees: list[Tree]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yield (row numbers, states (rows, nodes, hidden)) with gradient, one micro-batch at a time.
 
         The caller runs backward on each before asking for the next; after the last one the gradients that collected in
@@ -365,6 +384,53 @@ class Engine:
             for i, state in zip(rows, batch_states):
                 states[i] = state
         return trees, answers, states
+
+    @torch.no_grad()
+    def judge(
+        self,
+        prompts: list[list[int]],
+        trees: list[Tree],
+        answers: list[list[Answer]],
+        trie: LabelTrie,
+        words: tuple[str, ...],
+        link: Callable[[Answer], tuple[list[int], str]],
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> list[torch.Tensor]:
+        """End every answer with a label chosen among the trie's: its analysis was free, its judgement is masked.
+
+        `link` gives the tokens (and their text) that lead from an answer's text to its label; nobody chooses them, so
+        they are nodes but no actions. Answers and trees are extended in place. Returns the states of all nodes.
+        """
+        places = []
+        for tree, group in zip(trees, answers):
+            for answer in group:
+                node = answer.nodes[-1]
+                if answer.tokens[-1] != self.tokenizer.eos_token_id:
+                    node = tree.child(node, answer.tokens[-1])
+                tokens, text = link(answer)
+                for token in tokens:
+                    node = tree.child(node, token)
+                where = [node]
+                for token, parent in zip(trie.tree.tokens[1:], trie.tree.parents[1:]):
+                    where.append(tree.child(where[parent], token))
+                for inner in trie.decision_nodes:
+                    columns = (trie.mask[inner] == 0).nonzero()[:, 0].tolist()
+                    tree.allowed[where[inner]] = [trie.vocabulary[c] for c in columns]
+                places.append(where)
+                answer.text += text
+        states = self.states(prompts, trees)
+        place = iter(places)
+        for state, group in zip(states, answers):
+            for answer in group:
+                where = next(place)
+                log_probs = trie.log_probs(self.logits(state[where], trie.vocabulary), temperature or 1.0)
+                answer.label, path = trie.choose(log_probs.cpu(), generator if temperature > 0 else None)
+                answer.nodes += [where[inner] for inner, _ in path]
+                answer.tokens += [trie.vocabulary[column] for _, column in path]
+                answer.text += words[answer.label]
+                answer.ended = True
+        return states
 
     def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams):
         """Grow the trees level by level; all arguments are the rows of one micro-batch. Returns states per row."""

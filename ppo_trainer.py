@@ -7,7 +7,11 @@ actions in place of a sample, Asadi et al. 2017 (https://arxiv.org/abs/1709.0050
 (https://arxiv.org/abs/1801.05134); the implementation details follow https://arxiv.org/abs/2403.17031.
 """
 
+import json
 import math
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from engine import Answer, Engine, LabelTrie, Tree
+from engine import MASKED, Answer, Engine, LabelTrie, Tree
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 KL_SAMPLE = 8  # prompts on which the KL is measured when it is not part of the reward
@@ -35,6 +39,9 @@ class PPOConfig(TrainingArguments):
     """TrainingArguments and what PPO adds. `per_device_train_batch_size` counts prompts."""
 
     answer_space: str = field(default="labels", metadata={"help": "labels: other answers are masked; free: any token"})
+    save_methods: str = field(default="step", metadata={"help": "how checkpoints are named: step or epoch"})
+    epoch_offset: int = field(default=0, metadata={"help": "number of the first epoch, for the checkpoints' names"})
+    use_CoT: bool = field(default=False, metadata={"help": "a free analysis comes before the answer"})
     policy_gradient: str = field(default="expected", metadata={"help": "sampled, or expected over all labels"})
     samples_per_prompt: int = field(default=1, metadata={"help": "answers sampled per prompt and step"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling, and of all log-probabilities"})
@@ -72,14 +79,27 @@ def whiten(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean()) / x.std()
 
 
+def against_siblings(
+    advantages: torch.Tensor, returns: torch.Tensor, prompt: torch.Tensor, node: torch.Tensor
+) -> torch.Tensor:
+    """Advantages (actions,) against the mean return of the other samples that stood at the same state.
+
+    A state that only one sample reached keeps its advantage against the critic. Leaving the own sample out keeps the
+    gradient unbiased (RLOO: Kool et al. 2019, https://openreview.net/forum?id=r1lgTGL5DE).
+    """
+    _, state = torch.unique(torch.stack([prompt, node]), dim=1, return_inverse=True)
+    count = torch.zeros(int(state.max()) + 1).index_add_(0, state, torch.ones_like(returns))[state]
+    total = torch.zeros(int(state.max()) + 1).index_add_(0, state, returns)[state]
+    others = (total - returns) / (count - 1).clamp(min=1)
+    return torch.where(count > 1, returns - others, advantages)
+
+
 def clipped_surrogate(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
     """PPO's objective per action, to be maximised. (PPO, equation 7.)"""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
-def clipped_value_loss(
-    new: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip_range: float
-) -> torch.Tensor:
+def clipped_value_loss(new: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip_range: float) -> torch.Tensor:
     """Half the squared error per state, the larger one of the value and of its clipped change."""
     clipped = old + (new - old).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
@@ -106,6 +126,35 @@ class Rollout:
     returns: torch.Tensor  # (actions,)
 
 
+class StratifiedSampler(torch.utils.data.Sampler):
+    """Every epoch a new order in which each run of rows has about the whole set's share of each label.
+
+    A batch in which one label is more frequent than in the data moves the policy's preference for that label before
+    anything about the texts is learned; sampling then sees one label only, and the policy collapses onto it.
+    """
+
+    def __init__(self, strata: list, seed: int):
+        self.members: dict = {}
+        for i, stratum in enumerate(strata):
+            self.members.setdefault(stratum, []).append(i)
+        self.size, self.seed, self.epoch = len(strata), seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        random = torch.Generator().manual_seed(self.seed + self.epoch)
+        placed = []
+        for members in self.members.values():
+            order = torch.randperm(len(members), generator=random).tolist()
+            jitter = torch.rand(len(members), generator=random).tolist()
+            placed += [((rank + u) / len(members), members[i]) for rank, (i, u) in enumerate(zip(order, jitter))]
+        return iter([i for _, i in sorted(placed)])
+
+
 class PPOTrainer(Trainer):
     """PPO on prompts whose answers a reward function can judge.
 
@@ -119,9 +168,14 @@ class PPOTrainer(Trainer):
         processing_class: the tokenizer.
         label_words: the words of the label set; needed for `answer_space="labels"`.
         completion: in labels mode, how a word is completed to the text that the reward functions judge.
-        stop: in free mode, whether an answer's text so far is complete, or can never become a valid one.
-        credit: how many characters of an answer's text earn its reward (the label's end); None means all.
-        compute_metrics: `(engine) -> dict` for evaluation on held-out rows.
+        stop: whether generation may end at a text: in free mode an answer that is complete or can never become valid,
+            with labels and chain of thought an analysis that is closed.
+        credit: `(text, ended) -> int | None`, how many characters of an answer's text earn its reward (where its
+            label ends); None if it has no label.
+        is_correct: `(text, ended, row) -> bool`, for the accuracy that is logged.
+        link: with labels and chain of thought, what leads from an analysis to its label (see Engine.judge).
+        compute_metrics: `(engine) -> dict` for evaluation on held-out rows; its `score` decides what is best.
+        on_save: called with every checkpoint's folder before it counts as written.
     """
 
     _tag_names = ["ppo"]
@@ -137,8 +191,11 @@ class PPOTrainer(Trainer):
         label_words: Sequence[str] = (),
         completion: Callable[[str], str] = str,
         stop: Callable[[str], bool] = lambda text: False,
-        credit: Callable[[str], int | None] = lambda text: None,
+        credit: Callable[[str, bool], int | None] = lambda text, ended: None,
+        is_correct: Callable[[str, bool, dict], bool] | None = None,
+        link: Callable[[Answer], tuple[list[int], str]] | None = None,
         compute_metrics: Callable[[Engine], dict[str, float]] | None = None,
+        on_save: Callable[[Path], None] = lambda checkpoint: None,
         callbacks: list | None = None,
     ):
         if args.answer_space == "labels" and len(label_words) < 2:
@@ -150,7 +207,14 @@ class PPOTrainer(Trainer):
             )
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         self.label_words, self.completion, self.stop, self.credit = tuple(label_words), completion, stop, credit
-        self.expected = args.answer_space == "labels" and args.policy_gradient == "expected"
+        self.is_correct, self.on_save = is_correct, on_save
+        self.link = link
+        self.expected = args.policy_gradient == "expected"
+        if self.expected and (args.answer_space != "labels" or args.use_CoT):
+            raise ValueError(
+                "policy_gradient='expected' sums over all labels, so it needs answer_space='labels' without use_CoT; "
+                "use policy_gradient='sampled'"
+            )
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=True, dtype=torch.float32)
@@ -169,24 +233,36 @@ class PPOTrainer(Trainer):
         )
         self.evaluation = compute_metrics
         self.engine = Engine(model, processing_class, args.tokens_per_micro_batch)
+        words = [processing_class(word, add_special_tokens=False).input_ids for word in self.label_words]
+        self.first_tokens = sorted({ids[0] for ids in words})
         self.trie = None
         if args.answer_space == "labels":
-            spellings = [processing_class(w, add_special_tokens=False).input_ids for w in self.label_words]
-            self.trie = LabelTrie(spellings, processing_class.eos_token_id)
+            self.trie = LabelTrie(words, processing_class.eos_token_id)
         self._step_metrics: dict[str, float] = {}
         self.episodes: list[dict] = []  # of the last step: prompt, answer, reward, row
 
     # ---------------------------------------------------------------------------------------------------- the policy
 
-    def log_distribution(self, states: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
-        """(n, hidden) states of (n,) nodes -> (n, columns) log-probabilities of the answer space.
+    def log_distribution(self, states: torch.Tensor, tree: Tree, nodes: list[int]) -> torch.Tensor:
+        """(n, hidden) states of n nodes of a tree -> (n, columns) log-probabilities of the answer space.
 
         One distribution for sampling, old, new and reference log-probabilities: same temperature, same mask.
         """
-        if self.trie is None:
-            return torch.log_softmax(self.engine.logits(states) / self.args.temperature, dim=-1)
-        logits = self.engine.logits(states, self.trie.vocabulary) / self.args.temperature
-        return torch.log_softmax(logits + self.trie.mask.to(logits.device)[nodes], dim=-1)
+        return self._log_softmax(states, [tree.allowed.get(node) for node in nodes], nodes)
+
+    def _log_softmax(self, states: torch.Tensor, allowed: list[list[int] | None], nodes) -> torch.Tensor:
+        if self.trie is not None and not self.args.use_CoT:
+            logits = self.engine.logits(states, self.trie.vocabulary) / self.args.temperature
+            return torch.log_softmax(logits + self.trie.mask.to(logits.device)[nodes], dim=-1)
+        logits = self.engine.logits(states) / self.args.temperature
+        if any(tokens is not None for tokens in allowed):
+            mask = torch.zeros_like(logits)
+            for line, tokens in enumerate(allowed):
+                if tokens is not None:
+                    mask[line] = MASKED
+                    mask[line, tokens] = 0.0
+            logits = logits + mask
+        return torch.log_softmax(logits, dim=-1)
 
     def values(self, states: torch.Tensor) -> torch.Tensor:
         """(..., hidden) states -> (...) values. The states are detached: the critic does not shape the policy."""
@@ -211,12 +287,13 @@ class PPOTrainer(Trainer):
         seconds = time.perf_counter() - started
         self._step_metrics |= {
             "time/seconds_per_step": seconds,
-            "time/samples_per_second": len(rows) * self._samples() / seconds,
+            "time/samples_per_second": len(rows) * self.samples_per_prompt / seconds,
             "time/tokens_per_second": (self.engine.tokens_computed - tokens) / seconds,
         }
         return loss
 
-    def _samples(self) -> int:
+    @property
+    def samples_per_prompt(self) -> int:
         return 1 if self.expected else self.args.samples_per_prompt
 
     def _prompt_ids(self, row: dict) -> list[int]:
@@ -248,13 +325,12 @@ class PPOTrainer(Trainer):
         """
         args, trie = self.args, self.trie
         trees = [trie.tree] * len(prompts)
-        nodes = torch.arange(len(trie.tree))
         rewards = self._label_rewards(rows).to(args.device)  # (prompts, labels)
         measured = len(prompts) if args.kl_coef else min(KL_SAMPLE, len(prompts))
         reference = torch.zeros_like(rewards)
         with torch.no_grad():
             for i, states in enumerate(self.engine.states(prompts[:measured], trees[:measured], reference=True)):
-                reference[i] = trie.label_log_probs(self.log_distribution(states, nodes)[None])[0]
+                reference[i] = self._label_log_probs(states[None])[0]
         old = torch.zeros_like(rewards)
         known = torch.zeros(len(rows), dtype=torch.bool)
         sums: dict[str, float] = {}
@@ -262,8 +338,7 @@ class PPOTrainer(Trainer):
             batches = self.engine.training_batches([prompts[i] for i in minibatch], [trees[i] for i in minibatch])
             for places, states in batches:
                 index = torch.tensor([minibatch[p] for p in places])
-                node_log_probs = self.log_distribution(states, nodes)  # (rows, nodes, columns)
-                new = trie.label_log_probs(node_log_probs)  # (rows, labels)
+                new = self._label_log_probs(states)  # (rows, labels)
                 fresh = index[~known[index]]
                 if len(fresh):
                     old[fresh] = new.detach()[~known[index]]
@@ -289,6 +364,7 @@ class PPOTrainer(Trainer):
             kl=float((chance * (old - reference)).sum(-1)[:measured].mean()),
             entropy=sums["entropy"] / passes,
             shares={word: float(share) for word, share in zip(self.label_words, chance.mean(0))},
+            accuracy=self._expected_accuracy(rows, chance),
             spread=float((chance * (rewards - (chance * rewards).sum(-1, keepdim=True)) ** 2).sum(-1).mean().sqrt()),
         )
         self._step_metrics |= {
@@ -301,6 +377,18 @@ class PPOTrainer(Trainer):
             for p, a, r, row in zip(prompts, best, rewards, rows)
         ]
         return sums["loss"] / passes
+
+    def _expected_accuracy(self, rows: list[dict], chance: torch.Tensor) -> float | None:
+        if self.is_correct is None:
+            return None
+        texts = [self.completion(word) for word in self.label_words]
+        correct = [[float(self.is_correct(text, True, row)) for text in texts] for row in rows]
+        return float((chance.cpu() * torch.tensor(correct)).sum(-1).mean())
+
+    def _label_log_probs(self, states: torch.Tensor) -> torch.Tensor:
+        """(rows, nodes, hidden) states of the trie's nodes -> (rows, labels) log-probabilities of whole labels."""
+        logits = self.engine.logits(states, self.trie.vocabulary)
+        return self.trie.label_log_probs(self.trie.log_probs(logits, self.args.temperature))
 
     def _label_rewards(self, rows: list[dict]) -> torch.Tensor:
         """(prompts, labels) reward of every label for every row."""
@@ -343,17 +431,16 @@ class PPOTrainer(Trainer):
                 index = torch.tensor([a for _, a in actions], device=args.device)
                 place = torch.tensor([p for p, _ in actions], device=args.device)
                 # Samples that agree so far share a state: its distribution is computed once.
-                pairs, line = torch.unique(
-                    torch.stack([place, rollout.node[index]]), dim=1, return_inverse=True
-                )
+                pairs, line = torch.unique(torch.stack([place, rollout.node[index]]), dim=1, return_inverse=True)
                 at_node = states[pairs[0], pairs[1]]  # (states, hidden)
-                log_probs = self.log_distribution(at_node, pairs[1])  # (states, columns)
+                allowed = [rollout.trees[minibatch[places[p]]].allowed.get(n) for p, n in pairs.T.tolist()]
+                log_probs = self._log_softmax(at_node, allowed, pairs[1])  # (states, columns)
                 new = log_probs[line, rollout.column[index]]  # (actions,)
                 values = self.values(at_node)[line]
                 old, advantage = rollout.log_probs[index], rollout.advantages[index]
                 ratio = torch.exp(new - old)
                 surrogate = clipped_surrogate(ratio, advantage, args.clip_range)
-                entropy = -(log_probs.exp() * log_probs).sum(-1)[line]
+                entropy = self._entropy(log_probs, pairs[1])[line]
                 value_loss = clipped_value_loss(
                     values, rollout.values[index], rollout.returns[index], args.value_clip_range
                 )
@@ -375,20 +462,33 @@ class PPOTrainer(Trainer):
         }
         return mean["loss"]
 
+    def _entropy(self, log_probs: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+        """(states,) entropy; in free mode of the choice among the labels' first tokens, and only where it is made.
+
+        Over the whole vocabulary a bonus would pay for junk: entropy is cheapest where no label stands.
+        """
+        if self.trie is None and len(self.first_tokens) > 1:
+            log_probs = torch.log_softmax(log_probs[:, self.first_tokens], dim=-1)
+            return -(log_probs.exp() * log_probs).sum(-1) * (nodes == 0)
+        return -(log_probs.exp() * log_probs).sum(-1)
+
     @torch.no_grad()
     def _rollout(self, rows: list[dict], prompts: list[list[int]]) -> Rollout:
         args = self.args
         trees, answers, states = self._answer(prompts)
         flat = [(p, answer) for p, group in enumerate(answers) for answer in group]
-        scores = self._rewards([answer.text for _, answer in flat], [rows[p] for p, _ in flat])
-        column_of = {t: i for i, t in enumerate(self.trie.vocabulary)} if self.trie else None
+        scores = self._rewards(
+            [answer.text for _, answer in flat], [{**rows[p], "ended": answer.ended} for p, answer in flat]
+        )
+        compact = self.trie is not None and not args.use_CoT
+        column_of = {t: i for i, t in enumerate(self.trie.vocabulary)} if compact else None
         prompt = torch.tensor([p for p, answer in flat for _ in answer.nodes])
         node = torch.tensor([n for _, answer in flat for n in answer.nodes])
         column = torch.tensor([column_of[t] if column_of else t for _, answer in flat for t in answer.tokens])
         old, values = [], []
         for p, group in enumerate(answers):
-            nodes = torch.arange(len(states[p]))
-            log_probs, value = self.log_distribution(states[p], nodes), self.values(states[p])
+            log_probs = self.log_distribution(states[p], trees[p], list(range(len(states[p]))))
+            value = self.values(states[p])
             for answer in group:
                 tokens = [column_of[t] if column_of else t for t in answer.tokens]
                 old.append(log_probs[answer.nodes, tokens])
@@ -402,67 +502,74 @@ class PPOTrainer(Trainer):
             rewards[start + self._credited(answer)] += score
             starts.append(start)
             start += len(answer.tokens)
-        advantages, returns = self._advantages(rewards, values, starts, flat)
+        advantages, returns = [], []
+        for begin, (_, answer) in zip(starts, flat):
+            part = slice(begin, begin + len(answer.tokens))
+            a, r = gae(rewards[part], values[part].tolist(), args.gamma, args.lam)
+            advantages, returns = advantages + a, returns + r
+        advantages, returns = torch.tensor(advantages), torch.tensor(returns)
         if equal:
             # Nothing tells one answer from another: what is left of the advantages would be the critic's noise.
-            advantages = torch.tensor(self._advantages((-args.kl_coef * kl).tolist(), values * 0, starts, flat)[0])
+            advantages = torch.tensor(
+                [x for begin, (_, answer) in zip(starts, flat) for x in gae(
+                    (-args.kl_coef * kl[begin : begin + len(answer.tokens)]).tolist(), [0.0] * len(answer.tokens),
+                    args.gamma, args.lam)[0]]
+            )  # fmt: skip
+        elif args.lam == 1.0 and args.samples_per_prompt > 1:
+            advantages = whiten(against_siblings(advantages, returns, prompt, node))
         else:
-            advantages = whiten(torch.tensor(advantages))
+            advantages = whiten(advantages)
         self._log_rollout(rows, prompts, flat, scores, kl, equal)
         device = args.device
         return Rollout(
             prompts, trees, prompt.to(device), node.to(device), column.to(device), old.to(device), values.to(device),
-            advantages.to(device), torch.tensor(returns, device=device),
+            advantages.to(device), returns.to(device),
         )  # fmt: skip
-
-    def _advantages(self, rewards, values, starts, flat) -> tuple[list[float], list[float]]:
-        advantages, returns, values = [], [], values.tolist()
-        for start, (_, answer) in zip(starts, flat):
-            part = slice(start, start + len(answer.tokens))
-            a, r = gae(rewards[part], values[part], self.args.gamma, self.args.lam)
-            advantages += a
-            returns += r
-        return advantages, returns
 
     def _answer(self, prompts: list[list[int]]) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
         """Trees, sampled answers and states per prompt, in free mode by generation, in labels mode by the trie."""
         args = self.args
-        if self.trie is None:
-            return self.engine.generate(
+        if self.trie is None or args.use_CoT:
+            trees, answers, states = self.engine.generate(
                 prompts, self.stop, args.max_response_length, args.samples_per_prompt, args.temperature, self.generator
             )
+            if self.trie is not None:
+                states = self.engine.judge(
+                    prompts, trees, answers, self.trie, self.label_words, self.link, args.temperature, self.generator
+                )
+            return trees, answers, states
         trees = [self.trie.tree] * len(prompts)
         states = self.engine.states(prompts, trees)
-        nodes = torch.arange(len(self.trie.tree))
         answers = []
         for state in states:
-            log_probs = self.log_distribution(state, nodes).cpu()
+            logits = self.engine.logits(state, self.trie.vocabulary)
+            log_probs = self.trie.log_probs(logits, args.temperature).cpu()
             group = []
             for _ in range(args.samples_per_prompt):
                 label, path = self.trie.choose(log_probs, self.generator)
                 tokens = [self.trie.vocabulary[column] for _, column in path]
                 text = self.completion(self.label_words[label])
-                group.append(Answer(tokens, [n for n, _ in path], True, text))
+                group.append(Answer(tokens, [n for n, _ in path], True, text, label))
             answers.append(group)
         return trees, answers, states
 
     def _credited(self, answer: Answer) -> int:
         """Which of the answer's tokens earns the reward: the one that completes the label, else the last."""
-        end = self.credit(answer.text)
-        if self.trie is None and end is not None:
+        end = self.credit(answer.text, answer.ended)
+        if answer.label is None and end is not None:
             for t in range(len(answer.tokens)):
                 if len(self.processing_class.decode(answer.tokens[: t + 1])) >= end:
                     return t
         return len(answer.tokens) - 1
 
     def _kl(self, prompts, trees, prompt, node, column, old) -> torch.Tensor:
-        """(actions,) log-probability less the reference's (k1); measured on a few prompts if it is no part of the reward."""
+        """(actions,) log-probability less the reference's (k1); on a few prompts if it is no part of the reward."""
         measured = len(prompts) if self.args.kl_coef else min(KL_SAMPLE, len(prompts))
         kl = torch.zeros_like(old)
         states = self.engine.states(prompts[:measured], trees[:measured], reference=True)
         for p, state in enumerate(states):
             mine = (prompt == p).nonzero()[:, 0]
-            log_probs = self.log_distribution(state, torch.arange(len(state)))
+            log_probs = self.log_distribution(state, trees[p], list(range(len(state))))
             kl[mine] = old[mine] - log_probs[node[mine], column[mine]]
         actions = int((prompt < measured).sum())
         self._step_metrics["objective/kl"] = float(kl.sum()) / max(actions, 1)
@@ -478,7 +585,7 @@ class PPOTrainer(Trainer):
         counts: dict[str, int] = {}
         folded = {word.lower(): word for word in self.label_words}
         for _, answer in flat:
-            end = self.credit(answer.text)
+            end = self.credit(answer.text, answer.ended)
             word = "invalid" if end is None else answer.text[:end].strip().lower()
             counts[folded.get(word, word)] = counts.get(folded.get(word, word), 0) + 1
         self._log_step(
@@ -486,13 +593,19 @@ class PPOTrainer(Trainer):
             kl=self._step_metrics["objective/kl"],
             entropy=0.0,
             shares={word: count / len(flat) for word, count in counts.items()},
+            accuracy=None
+            if self.is_correct is None
+            else sum(self.is_correct(a.text, a.ended, rows[p]) for p, a in flat) / len(flat),
             spread=float(torch.tensor(scores).std()) if len(scores) > 1 else 0.0,
         )
         self._step_metrics["policy/equal_rewards"] = float(equal)
         self._step_metrics["objective/response_length"] = sum(len(a.tokens) for _, a in flat) / len(flat)
 
-    def _log_step(self, reward: torch.Tensor, kl: float, entropy: float, shares: dict[str, float], spread: float):
+    def _log_step(self, reward: torch.Tensor, kl: float, entropy: float, shares: dict, accuracy, spread: float) -> None:
+        if accuracy is not None:
+            self._step_metrics["objective/accuracy"] = accuracy
         self._step_metrics |= {
+            "objective/invalid_rate": shares.get("invalid", 0.0),
             "objective/reward": float(reward.mean()),
             "objective/reward_std": spread,
             "objective/kl": kl,
@@ -515,6 +628,10 @@ class PPOTrainer(Trainer):
         metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
         metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
         self.log(dict(metrics))
+        score = metrics.get(f"{metric_key_prefix}/score")
+        if score is not None and (self.state.best_metric is None or score > self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = score, self.state.global_step
+            self._write_folder("best", self.save_model)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -549,13 +666,66 @@ class PPOTrainer(Trainer):
                 policy_norm = norm
         return policy_norm
 
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        labels = [row.get("label") for row in rows]
+        return StratifiedSampler([round(x) if isinstance(x, float) else x for x in labels], self.args.seed)
+
     def floating_point_ops(self, inputs) -> int:
         """Not counted: Trainer's formula does not know the shared prefix."""
         return 0
 
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of this run with the most steps; None if there is none yet."""
+        states = Path(self.args.output_dir).glob("*/trainer_state.json")
+        return max((state.parent for state in states), key=self.step_of, default=None)
+
+    @staticmethod
+    def step_of(checkpoint: Path | None) -> int:
+        """How many steps a checkpoint has behind it; 0 for None."""
+        return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+
     def _last_checkpoint_text(self) -> str:
-        checkpoints = sorted(Path(self.args.output_dir).glob("*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
-        return f"the last checkpoint is {checkpoints[-1].parent}" if checkpoints else "there is no checkpoint yet"
+        checkpoint = self.last_checkpoint()
+        return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's checkpoint, under the run's own names: epoch-<n> where an epoch ends, step-<n> elsewhere."""
+        epoch = self.state.epoch or 0.0
+        name = f"step-{self.state.global_step}"
+        if self.args.save_methods == "epoch" and abs(epoch - round(epoch)) < 1e-6:
+            name = f"epoch-{self.args.epoch_offset + round(epoch)}"
+
+        def write(folder: str) -> None:
+            run, self.args.output_dir = self.args.output_dir, folder
+            try:
+                super(PPOTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = run
+            for part in (Path(folder) / f"checkpoint-{self.state.global_step}").iterdir():
+                part.rename(Path(folder) / part.name)
+            (Path(folder) / f"checkpoint-{self.state.global_step}").rmdir()
+
+        self._write_folder(name, write)
+
+    def _write_folder(self, name: str, write: Callable[[str], None]) -> None:
+        """Write a folder of the run aside and move it into its place, so that it is there whole or not at all."""
+        run = Path(self.args.output_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=run, prefix=f".{name}-"))
+        try:
+            write(str(aside))
+            self.on_save(aside)
+            aside.chmod(0o755)
+            if (run / name).exists():
+                old = Path(tempfile.mkdtemp(dir=run, prefix=f".old-{name}-"))
+                os.replace(run / name, old)
+                os.replace(aside, run / name)
+                shutil.rmtree(old)
+            else:
+                os.replace(aside, run / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

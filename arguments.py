@@ -1,0 +1,145 @@
+"""What all four scripts share on the command line, and how bad input ends: exit code 2 and one clear sentence."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+import tasks
+from loaders import DataError
+from models import EMBEDDED, ModelError
+from prompts import MAX_PROMPT_LENGTH, PromptError
+from tasks import Task
+
+REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot be used; the message names it, its value and the way out."""
+
+
+@dataclass
+class Arguments:
+    """The arguments of all four scripts, with one meaning each."""
+
+    task: str = field(default="MR", metadata={"help": "the task's name, as in tasks.py"})
+    train_model_name: str = field(
+        default=EMBEDDED, metadata={"help": "the embedded model, a hub name, or (with --from_local True) a folder"}
+    )
+    from_local: bool = field(
+        default=False, metadata={"help": "True: --train_model_name is a folder, an adapter or a whole model"}
+    )
+    use_CoT: bool = field(default=False, metadata={"help": "True: the model writes an analysis before its judgement"})
+    data_path: str = field(
+        default="", metadata={"help": "a file or folder in the task's format in place of the one below data/"}
+    )
+    batch_sentence_num: int = field(default=32, metadata={"help": "prompts per step"})
+    model_temperature: float = field(default=1.0, metadata={"help": "of sampling; evaluation is greedy"})
+    load_in_8bit: bool = field(default=False, metadata={"help": "True: the base model's weights in 8 bits (CUDA)"})
+    max_prompt_length: int = field(
+        default=MAX_PROMPT_LENGTH, metadata={"help": "tokens; a longer prompt loses text from its passage"}
+    )
+    max_response_length: int = field(
+        default=0, metadata={"help": "tokens of an answer; 0: 16, with chain of thought 96"}
+    )
+    answer_space: str = field(
+        default="", metadata={"help": "labels: only the task's labels; free: any token; default labels"}
+    )
+    eval_size: int = field(default=400, metadata={"help": "held-out rows to evaluate on; 0: all"})
+    output_dir: str = field(default="", metadata={"help": "the run's folder; default a new one below model/"})
+    seed: int = field(default=0, metadata={"help": "of the data's order, the sampling and the adapter's start"})
+    report_to: str = field(default="wandb", metadata={"help": "none, wandb, tensorboard or trackio"})
+
+
+Given = TypeVar("Given", bound=Arguments)
+
+
+def parse(kind: type[Given], description: str, argv: list[str] | None = None) -> Given:
+    """Command line over `--config` file over `--resume` folder over defaults. Unknown names end with exit code 2."""
+    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
+    parser.add_argument("--config", default="", help="a YAML file with any of these arguments; the command line wins")
+    names = {f.name for f in fields(kind)}
+    argv = sys.argv[1:] if argv is None else argv
+    chosen, _ = parser.parse_known_args(argv)
+    with clear_errors(parser.prog):
+        if getattr(chosen, "resume", ""):
+            stored = Path(chosen.resume) / "arguments.json"
+            if not stored.is_file():
+                raise ArgumentError(f"--resume {chosen.resume} holds no arguments.json; give the folder of a run")
+            parser.set_defaults(**{k: v for k, v in json.loads(stored.read_text()).items() if k in names})
+        if chosen.config:
+            parser.set_defaults(**_read_config(chosen.config, names))
+    given = vars(parser.parse_args(argv))
+    given.pop("config")
+    with clear_errors(parser.prog):
+        arguments = kind(**given)
+        _check(arguments)
+    return arguments
+
+
+def _read_config(path: str, names: set[str]) -> dict:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ArgumentError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(f"--config {path} must hold lines of the form `name: value`")
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ArgumentError(f"--config {path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(names))}")
+    return values
+
+
+def _check(arguments: Arguments) -> None:
+    """What holds for every script; also fills in the defaults that depend on other arguments. ArgumentError if not."""
+    for f in fields(arguments):
+        value = getattr(arguments, f.name)
+        right = {int: int, float: (int, float), bool: bool, str: str}.get(f.type, object)
+        if value is None and f.default is None:
+            continue  # decided later, by the script
+        if not isinstance(value, right) or (f.type is not bool and isinstance(value, bool)):
+            raise ArgumentError(f"--{f.name} {value!r} must be of type {f.type.__name__}")
+    positive = ("batch_sentence_num", "model_temperature", "max_prompt_length")
+    for name in positive:
+        if not getattr(arguments, name) > 0:
+            raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    for name in ("eval_size", "max_response_length"):
+        if getattr(arguments, name) < 0:
+            raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
+    one_of("report_to", arguments.report_to, REPORT_TO)
+    arguments.max_response_length = arguments.max_response_length or (96 if arguments.use_CoT else 16)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ArgumentError if an argument is none of its choices."""
+    if value not in choices:
+        raise ArgumentError(f"--{name} {value} must be one of {', '.join(choices)}")
+
+
+def get_task(name: str) -> Task:
+    """The task of `--task`; ArgumentError with the known names if there is none."""
+    try:
+        return tasks.get(name)
+    except ValueError as error:
+        raise ArgumentError(f"--task {name}: {error}") from error
+
+
+@contextlib.contextmanager
+def clear_errors(program: str) -> Iterator[None]:
+    """Bad input ends the program with exit code 2 and one sentence on standard error, without a traceback."""
+    try:
+        yield
+    except (ArgumentError, DataError, ModelError, PromptError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def as_dict(arguments: Arguments) -> dict:
+    """The arguments as plain data, for the run's folder and the dashboards."""
+    return asdict(arguments)

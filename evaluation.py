@@ -1,0 +1,115 @@
+"""Answers to prompts: the same code before, during and after training, and for all baselines."""
+
+from dataclasses import dataclass
+
+import torch
+
+import rewards
+from engine import Answer, Engine, LabelTrie
+from tasks import Task
+
+ANSWER_SPACES = ("labels", "free", "score")
+
+
+@dataclass
+class Prediction:
+    """One answer: its text, its label (None if it does not parse), and P(the last label) where that is known."""
+
+    text: str
+    label: int | float | None
+    yes: float | None = None
+
+
+def label_trie(task: Task, tokenizer) -> LabelTrie:
+    """The spellings of a task's words right after `<Judgement>`; ValueError if the task has no label set."""
+    if not task.words:
+        raise ValueError(f"--answer_space labels: {task.name} has no label set; use --answer_space free")
+    return LabelTrie(
+        [tokenizer(word, add_special_tokens=False).input_ids for word in task.words], tokenizer.eos_token_id
+    )
+
+
+def label_of(task: Task, index: int) -> int | float:
+    """The label that the task's word with this number stands for."""
+    return float(task.words[index]) if task.number else index
+
+
+def stop_rule(task: Task, use_CoT: bool = False, strict_format: bool = False, early: bool = False):
+    """When to stop generating a free answer: it is complete, or (`early`, in training) it can never parse any more."""
+
+    def stop(text: str) -> bool:
+        return rewards.is_complete(task, text, strict_format=strict_format, use_CoT=use_CoT) or (
+            early and rewards.is_hopeless(task, text, strict_format=strict_format, use_CoT=use_CoT)
+        )
+
+    return stop
+
+
+def analysis_closed(text: str) -> bool:
+    """The stop rule of a free analysis whose judgement will be masked."""
+    return rewards.ANALYSIS_END in text
+
+
+def judgement_link(tokenizer):
+    """For `Engine.judge`: the tokens between an answer's analysis and its label."""
+
+    def link(answer: Answer) -> tuple[list[int], str]:
+        text = ("" if analysis_closed(answer.text) else rewards.ANALYSIS_END) + "\n" + rewards.JUDGEMENT
+        return tokenizer(text, add_special_tokens=False).input_ids, text
+
+    return link
+
+
+@torch.no_grad()
+def predict(
+    engine: Engine,
+    task: Task,
+    prompts: list[list[int]],
+    answer_space: str,
+    max_response_length: int,
+    use_CoT: bool = False,
+    strict_format: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Prediction]:
+    """One answer per prompt, greedy unless temperature > 0.
+
+    labels: token by token among the labels' spellings; free: any token; score: the label with the highest
+    log-likelihood among all tokens (as lm-evaluation-harness does it).
+    """
+    generator = torch.Generator().manual_seed(seed) if temperature > 0 else None
+    if answer_space == "free":
+        stop = stop_rule(task, use_CoT, strict_format)
+        _, answers, _ = engine.generate(prompts, stop, max_response_length, 1, temperature, generator)
+        return [Prediction(a.text, rewards.parse(task, a.text, a.ended, strict_format, use_CoT)) for (a,) in answers]
+    trie = label_trie(task, engine.tokenizer)
+    if answer_space == "score":
+        if use_CoT:
+            raise ValueError("--answer_space score reads the label's likelihood at once; leave --use_CoT at False")
+        return _most_likely(engine, task, trie, prompts)
+    if use_CoT:
+        trees, answers, _ = engine.generate(prompts, analysis_closed, max_response_length, 1, temperature, generator)
+        engine.judge(
+            prompts, trees, answers, trie, task.words, judgement_link(engine.tokenizer), temperature, generator
+        )
+        return [Prediction(a.text, label_of(task, a.label)) for (a,) in answers]
+    predictions = []
+    for states in engine.states(prompts, [trie.tree] * len(prompts)):
+        log_probs = trie.log_probs(engine.logits(states, trie.vocabulary), temperature or 1.0)
+        label, _ = trie.choose(log_probs, generator)
+        yes = trie.label_log_probs(log_probs[None])[0, -1].exp()
+        predictions.append(Prediction(task.words[label], label_of(task, label), float(yes)))
+    return predictions
+
+
+def _most_likely(engine: Engine, task: Task, trie: LabelTrie, prompts: list[list[int]]) -> list[Prediction]:
+    """The label whose spelling has the highest sum of log-probabilities over the whole vocabulary."""
+    tree, steps = trie.full_tree()
+    predictions = []
+    for states in engine.states(prompts, [tree] * len(prompts)):
+        log_probs = torch.log_softmax(engine.logits(states), dim=-1)
+        totals = torch.stack([sum(log_probs[node, token] for node, token in path) for path in steps])
+        label = int(totals.argmax())
+        yes = float(torch.softmax(totals, -1)[-1])
+        predictions.append(Prediction(task.words[label], label_of(task, label), yes))
+    return predictions

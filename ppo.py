@@ -1,0 +1,285 @@
+"""PPO on one task: prompts in, answer tokens as actions, agreement with the ground truth as reward.
+
+    bash scripts/ppo.sh                                   sets up, then runs this file on MR with the embedded model
+    .venv/bin/python ppo.py --task RTE --train_model_name Qwen/Qwen2.5-1.5B-Instruct
+
+What is left at its default follows RECIPES: the settings that worked on three seeds of MR (see the README).
+"""
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+import evaluation
+import loaders
+import metrics
+import models
+import prompts
+import rewards
+import runs
+import tracking
+from arguments import ArgumentError, Arguments, clear_errors, get_task, one_of, parse
+from ppo_trainer import PPOConfig, PPOTrainer, TrainingError
+from tasks import Task
+
+# By policy_gradient. Summing over all labels needs no critic and few rows; sampling needs many samples per prompt (they
+# share the prompt's forward), a slower start and some entropy, or the policy collapses onto one label.
+RECIPES = {
+    "expected": {"learning_rate": 5e-4, "repeat_time": 1, "max_steps": 24, "entropy_coef": 0.0, "warmup_steps": 0},
+    "sampled": {"learning_rate": 2e-4, "repeat_time": 16, "max_steps": 50, "entropy_coef": 0.05, "warmup_steps": 4},
+}
+
+
+@dataclass
+class PPOArguments(Arguments):
+    """What PPO takes beside the common arguments."""
+
+    learning_rate: float | None = field(default=None, metadata={"help": "of the adapter; default by recipe"})
+    start_epoch: int = field(default=0, metadata={"help": "number of the first epoch"})
+    end_epoch: int = field(default=1, metadata={"help": "train up to, not including, this epoch"})
+    max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps; 0: when the epochs end"})
+    repeat_time: int | None = field(default=None, metadata={"help": "samples per prompt; default by recipe"})
+    save_methods: str = field(default="epoch", metadata={"help": "step or epoch"})
+    save_freq: int = field(default=20, metadata={"help": "with --save_methods step: every so many steps"})
+    checkpoint_rate: int = field(default=1, metadata={"help": "with --save_methods epoch: every so many epochs"})
+    eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: before and after only"})
+    resume: str = field(default="", metadata={"help": "folder of a run to go on with, from its last checkpoint"})
+    policy_gradient: str = field(
+        default="", metadata={"help": "sampled, or expected over all labels; default expected where it is possible"}
+    )
+    ppo_epochs: int = field(default=1, metadata={"help": "passes over each rollout"})
+    num_minibatches: int = field(default=1, metadata={"help": "updates per pass"})
+    clip_range: float = field(default=0.2, metadata={"help": "of the probability ratio"})
+    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference in the reward"})
+    entropy_coef: float | None = field(default=None, metadata={"help": "weight of the entropy bonus; default by recipe"})
+    value_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
+    value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value head"})
+    warmup_steps: int | None = field(default=None, metadata={"help": "steps until the learning rate is full; by recipe"})
+    reward_correct: float = field(default=1.0, metadata={"help": "reward of a correct answer"})
+    reward_wrong: float = field(default=-1.0, metadata={"help": "reward of a wrong answer"})
+    reward_invalid: float = field(default=-3.0, metadata={"help": "reward of an answer that does not parse"})
+    reward_number: float = field(default=2.5, metadata={"help": "STS-B: reward of an exact number; less the distance"})
+    strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
+    tokens_per_micro_batch: int = field(default=512, metadata={"help": "tokens that go through the network at once"})
+
+
+def check(arguments: PPOArguments, task: Task) -> None:
+    """Refuse what cannot be run, and fill in what the recipe decides. Raises ArgumentError."""
+    arguments.answer_space = arguments.answer_space or ("labels" if task.words else "free")
+    one_of("answer_space", arguments.answer_space, ("labels", "free"))
+    summable = arguments.answer_space == "labels" and not arguments.use_CoT
+    arguments.policy_gradient = arguments.policy_gradient or ("expected" if summable else "sampled")
+    one_of("policy_gradient", arguments.policy_gradient, ("sampled", "expected"))
+    if arguments.policy_gradient == "expected" and not summable:
+        raise ArgumentError(
+            "--policy_gradient expected sums over all labels: it needs --answer_space labels and --use_CoT False; "
+            "use --policy_gradient sampled"
+        )
+    for name, value in RECIPES[arguments.policy_gradient].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    one_of("save_methods", arguments.save_methods, ("step", "epoch"))
+    for name in ("learning_rate", "value_learning_rate", "clip_range", "repeat_time", "save_freq", "checkpoint_rate",
+                 "ppo_epochs", "num_minibatches", "tokens_per_micro_batch"):  # fmt: skip
+        if not getattr(arguments, name) > 0:
+            raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    for name in ("kl_coef", "entropy_coef", "value_coef", "max_steps", "eval_steps", "start_epoch", "warmup_steps"):
+        if getattr(arguments, name) < 0:
+            raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
+    if arguments.end_epoch <= arguments.start_epoch:
+        raise ArgumentError(
+            f"--end_epoch {arguments.end_epoch} must be greater than --start_epoch {arguments.start_epoch}"
+        )
+    if arguments.batch_sentence_num % arguments.num_minibatches:
+        raise ArgumentError(
+            f"--batch_sentence_num {arguments.batch_sentence_num} cannot be divided into --num_minibatches "
+            f"{arguments.num_minibatches}; give a multiple"
+        )
+
+
+def load_rows(arguments: PPOArguments, task: Task) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and the held-out rows to evaluate on (always the same ones, whatever the seed).
+
+    With `--data_path` a file of its own, the held-out rows are the validation split if there is one, else the end of
+    the file, which is then not trained on.
+    """
+    train = loaders.load(task, "train", data_path=arguments.data_path or None)
+    is_file = bool(arguments.data_path) and Path(arguments.data_path).is_file()
+    try:
+        held_out = loaders.load(task, "validation", data_path=None if is_file else arguments.data_path or None)
+    except loaders.DataError:
+        size = min(arguments.eval_size or len(train), len(train) // 5)
+        if not size:
+            raise
+        train, held_out = train[:-size], train[-size:]
+        print(f"No validation split of {task.name} found: the last {size} training rows are held out instead.")
+    unlabelled = next((row for row in [*train, *held_out] if row["label"] is None), None)
+    if unlabelled is not None:
+        raise ArgumentError(
+            f"row {unlabelled['id']} of {task.name} has no label; PPO trains and evaluates on labelled rows"
+        )
+    train = loaders.training_rows(task, train, arguments.seed)
+    random.Random(1).shuffle(held_out)
+    if task.candidates and arguments.eval_size:  # all candidates of a question stay together
+        kept = {row["id"] for row in held_out[: arguments.eval_size]}
+        return train, [row for row in held_out if row["id"] in kept]
+    return train, held_out[: arguments.eval_size or None]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(PPOArguments, __doc__.splitlines()[0], argv)
+    with clear_errors("ppo.py"):
+        task = get_task(arguments.task)
+        check(arguments, task)
+        if not task.labels and not task.number:
+            task = loaders.with_labels(task, loaders.load(task, "train", data_path=arguments.data_path or None))
+        train, held_out = load_rows(arguments, task)
+        if len(train) < arguments.batch_sentence_num:
+            raise ArgumentError(
+                f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(train)} training rows of "
+                f"{task.name}; lower it"
+            )
+        tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
+        model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
+        settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
+        train_prompts, shortened = prompts.build_all(task, train, **settings)
+        held_out_prompts, shortened_held_out = prompts.build_all(task, held_out, **settings)
+        folder = (
+            Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, task, arguments.learning_rate)
+        )
+    transformers.set_seed(arguments.seed)
+    print(models.device_line())
+    print(
+        f"{task.name}: {len(train)} training rows, {len(held_out)} held out; "
+        f"{shortened + shortened_held_out} prompts were shortened to {arguments.max_prompt_length} tokens."
+    )
+    print(
+        f"{arguments.train_model_name}, {arguments.answer_space} answers, {arguments.policy_gradient} policy gradient, "
+        f"learning rate {arguments.learning_rate:g}; the run lies in {folder}"
+    )
+
+    format_ = {"strict_format": arguments.strict_format, "use_CoT": arguments.use_CoT}
+
+    def evaluate(engine) -> dict[str, float]:
+        predictions = evaluation.predict(
+            engine, task, held_out_prompts, arguments.answer_space, arguments.max_response_length, **format_
+        )
+        return metrics.score(task, held_out, [p.label for p in predictions], [p.yes for p in predictions])
+
+    config = trainer_config(arguments, folder, len(train))
+    progress = tracking.RunCallback(folder, task, tokenizer)
+    masked = arguments.answer_space == "labels"
+    trainer = PPOTrainer(
+        model,
+        rewards.reward_function(
+            task,
+            arguments.reward_correct,
+            arguments.reward_wrong,
+            arguments.reward_invalid,
+            arguments.reward_number,
+            **format_,
+        ),  # fmt: skip
+        config,
+        [{**row, "prompt_ids": ids} for row, ids in zip(train, train_prompts)],
+        tokenizer,
+        peft_config=models.lora_config(),
+        label_words=task.words,
+        completion=lambda word: word + rewards.JUDGEMENT_END,
+        stop=evaluation.analysis_closed if masked else evaluation.stop_rule(task, early=True, **format_),
+        credit=lambda text, ended: rewards.label_length(task, text, ended, **format_),
+        is_correct=lambda text, ended, row: rewards.is_correct(
+            task, rewards.parse(task, text, ended, **format_), row["label"]
+        ),
+        link=evaluation.judgement_link(tokenizer),
+        compute_metrics=evaluate,
+        callbacks=[progress, *tracking.table_callbacks(arguments.report_to, progress)],
+        on_save=lambda checkpoint: models.save_start_adapter(
+            arguments.train_model_name, arguments.from_local, checkpoint
+        ),
+    )
+    tracking.quiet_trainer(trainer)
+    progress.trainer = trainer
+    problem = trainer.engine.check()
+    if problem:
+        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
+    checkpoint = trainer.last_checkpoint() if arguments.resume else None
+    if checkpoint:
+        print(f"Going on from {checkpoint}")
+    tracking.trim_history(folder, trainer.step_of(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except TrainingError as error:
+        raise SystemExit(f"ppo.py: stopped: {error}") from error
+    finish(arguments, task, folder, trainer, train)
+
+
+def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfig:
+    """PPOConfig for these arguments; one trainer step is one PPO step."""
+    per_epoch = rows // arguments.batch_sentence_num
+    by_epochs = (arguments.end_epoch - arguments.start_epoch) * per_epoch
+    steps = min(arguments.max_steps or by_epochs, by_epochs)
+    save_every = arguments.save_freq if arguments.save_methods == "step" else arguments.checkpoint_rate * per_epoch
+    return PPOConfig(
+        output_dir=str(folder),
+        run_name=folder.name,
+        seed=arguments.seed,
+        per_device_train_batch_size=arguments.batch_sentence_num,
+        dataloader_drop_last=True,
+        max_steps=steps,
+        learning_rate=arguments.learning_rate,
+        warmup_steps=arguments.warmup_steps,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=min(arguments.eval_steps or steps, steps),
+        eval_on_start=not arguments.resume,
+        save_strategy="steps",
+        save_steps=min(save_every, steps),
+        report_to=tracking.prepare_reporting(arguments.report_to, folder),
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        answer_space=arguments.answer_space,
+        use_CoT=arguments.use_CoT,
+        policy_gradient=arguments.policy_gradient,
+        samples_per_prompt=arguments.repeat_time,
+        temperature=arguments.model_temperature,
+        max_response_length=arguments.max_response_length,
+        epoch_offset=arguments.start_epoch,
+        save_methods=arguments.save_methods,
+        ppo_epochs=arguments.ppo_epochs,
+        num_minibatches=arguments.num_minibatches,
+        clip_range=arguments.clip_range,
+        kl_coef=arguments.kl_coef,
+        entropy_coef=arguments.entropy_coef,
+        value_coef=arguments.value_coef,
+        value_learning_rate=arguments.value_learning_rate,
+        tokens_per_micro_batch=arguments.tokens_per_micro_batch,
+    )
+
+
+def finish(arguments: PPOArguments, task: Task, folder: Path, trainer: PPOTrainer, train: list[dict]) -> None:
+    """Write summary.json, and say what came out, where it lies and how to evaluate it."""
+    if tracking.evaluations(folder)[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    history = tracking.evaluations(folder)
+    moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
+    samples = trainer.state.global_step * arguments.batch_sentence_num * trainer.samples_per_prompt
+    runs.write_summary(
+        folder, "ppo", task, replace(arguments), moments, samples, tracking.train_seconds(folder),
+        data_hash=runs.data_hash(train), steps=trainer.state.global_step,
+        best_step=moments["best"]["step"],
+    )  # fmt: skip
+    print(tracking.before_after_table(moments))
+    best = folder / "best"
+    print(
+        f"\nEverything lies in {folder}: best/ (the best checkpoint), history.jsonl, summary.json.\nEvaluate it:\n"
+        f"  bash scripts/inference.sh --task {task.name} --from_local True --train_model_name {best}"
+    )
+
+
+if __name__ == "__main__":
+    main()

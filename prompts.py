@@ -1,0 +1,178 @@
+"""A task's row as a prompt: zero-shot, few-shot or chain of thought, with a chat template or plain.
+
+A prompt is an instruction that is the same for every row (so that the engine computes it once), the row's fields, and
+a short question at the end (paid for every row). The assistant's turn is begun as `<Judgement>` (with chain of thought:
+`<Analysis>`), so the next token is the answer. Wording is half of the method: a model that never gives an answer that
+parses gets no signal to learn from, so every wording here was tried on real rows (see the README's table of valid
+answers). What worked on small models is to show the possible answers as they are to be written, tags included, and to
+end on the name of what is asked for.
+"""
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rewards import ANALYSIS, ANALYSIS_END, JUDGEMENT, JUDGEMENT_END
+from tasks import Task
+
+MAX_PROMPT_LENGTH = 512
+TOKENIZED_AT_ONCE = 1000  # many at once are faster, but what the tokenizer returns besides the ids takes memory
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a task says around its row.
+
+    `{words}` stands for the task's words ("negative or positive") and `{answers}` for the same between tags; other
+    braces are fields of the row. The instruction holds none of these: it is shared by all prompts of the task.
+    """
+
+    instruction: str
+    body: str
+    question: str
+
+
+WORDINGS: dict[str, Wording] = {
+    "MR": Wording(
+        instruction="Classify the sentiment of a movie review. A review that criticizes the movie is negative, "
+        "a review that praises it is positive. Possible answers: {answers}.",
+        body="Review: {sentence}",
+        question="Sentiment (negative or positive):",
+    ),
+    "SST": Wording(
+        instruction="Classify the sentiment of a movie review. A review that criticizes the movie is negative, "
+        "a review that praises it is positive. Possible answers: {answers}.",
+        body="Review: {sentence}",
+        question="Sentiment (negative or positive):",
+    ),
+}
+COT = (
+    f"First write one or two sentences of reasoning and close them with {ANALYSIS_END}, "
+    f"then write your answer as {JUDGEMENT}answer{JUDGEMENT_END}."
+)
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be made to fit; the message says which row and what to change."""
+
+
+def build(
+    task: Task,
+    row: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    use_CoT: bool = False,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    demonstrations: list[dict] = (),
+) -> tuple[list[int], bool]:
+    """The prompt's token ids, and whether text was cut from the row's passage to make it fit.
+
+    max_prompt_length: in tokens, the begun `<Judgement>` or `<Analysis>` included.
+    demonstrations: labelled rows of the training split, shown as earlier turns; they are never cut.
+    Raises PromptError if the prompt does not fit even without its passage.
+    """
+    prompts, shortened = build_all(
+        task,
+        [row],
+        tokenizer,
+        use_CoT=use_CoT,
+        max_prompt_length=max_prompt_length,
+        demonstrations=demonstrations,
+    )
+    return prompts[0], shortened == 1
+
+
+def build_all(
+    task: Task,
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    use_CoT: bool = False,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    demonstrations: list[dict] = (),
+) -> tuple[list[list[int]], int]:
+    """The prompts of all rows, and how many lost text of their passage. Arguments and errors are those of `build`."""
+
+    def tokenize(rows_fields: list[dict]) -> list[list[int]]:
+        ids = []
+        for start in range(0, len(rows_fields), TOKENIZED_AT_ONCE):
+            batch = rows_fields[start : start + TOKENIZED_AT_ONCE]
+            texts = [_render(task, fields, tokenizer, use_CoT, shots) for fields in batch]
+            # A chat template writes its own begin-of-sequence token; a plain prompt needs the tokenizer's.
+            ids += tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+        return ids
+
+    special = _special_tokens(tokenizer)
+    shots = [(_fields(task, shot, special), answer_word(task, shot["label"])) for shot in demonstrations]
+    all_fields = [_fields(task, row, special) for row in rows]
+    prompts = tokenize(all_fields)
+    shortened = 0
+    for i, fields in enumerate(all_fields):
+        shortened += len(prompts[i]) > max_prompt_length
+        while len(prompts[i]) > max_prompt_length:
+            longest = max(task.passage, key=lambda name: len(fields[name]), default=None)
+            if longest is None or not fields[longest]:
+                raise PromptError(
+                    f"row {rows[i].get('id', i)} of {task.name} takes {len(prompts[i])} tokens even without its "
+                    f"passage; raise --max_prompt_length (now {max_prompt_length})"
+                    + (" or lower --num_shots" if demonstrations else "")
+                )
+            fields[longest] = _shorten(fields[longest], len(prompts[i]) - max_prompt_length, tokenizer)
+            prompts[i] = tokenize([fields])[0]
+    return prompts, shortened
+
+
+def target(task: Task, row: dict) -> str:
+    """What the model should write after `<Judgement>` for a labelled row."""
+    return answer_word(task, row["label"]) + JUDGEMENT_END
+
+
+def answer_word(task: Task, label: int | float) -> str:
+    """The word for a label: the class's word, or the number with one decimal."""
+    return f"{label:.1f}" if task.number else task.words[label]
+
+
+def listed(words: tuple[str, ...]) -> str:
+    """("no", "maybe", "yes") -> "no, maybe or yes"."""
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words)
+
+
+def _render(task: Task, fields: dict[str, str], tokenizer, use_CoT: bool, shots: list[tuple[dict, str]]) -> str:
+    wording = WORDINGS[task.name]
+    # Braces in a row's text stay as they are: every text is filled in once, and never read as a template.
+    instruction = wording.instruction.format(
+        words=listed(task.words), answers=", ".join(f"{JUDGEMENT}{word}{JUDGEMENT_END}" for word in task.words)
+    )
+    users = [f"{wording.body}\n{wording.question}".format(**row) for row in [*(shot for shot, _ in shots), fields]]
+    answers = [f"{JUDGEMENT}{word}{JUDGEMENT_END}" for _, word in shots]
+    if use_CoT:
+        instruction += f" {COT}"
+    begin = ANALYSIS if use_CoT else JUDGEMENT
+    if tokenizer.chat_template is None:
+        turns = [f"Prompt: {user}\nAssistant: {answer}\n" for user, answer in zip(users, [*answers, begin])]
+        return f"System_prompt: {instruction}\n{''.join(turns)}".removesuffix("\n")
+    # Not every template has a system role, so the instruction opens the first user's turn.
+    users[0] = f"{instruction}\n{users[0]}"
+    messages = [{"role": "user", "content": users[0]}]
+    for answer, user in zip(answers, users[1:]):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": user}]
+    # The last option is for models that would otherwise think at length first; other templates do not read it.
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return chat + begin
+
+
+def _special_tokens(tokenizer) -> re.Pattern:
+    spellings = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(spellings) or r"(?!)")
+
+
+def _fields(task: Task, row: dict, special: re.Pattern) -> dict[str, str]:
+    """The row's texts, every special token's spelling broken up, so that data cannot open or close a turn."""
+    return {name: special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", str(row[name])) for name in task.fields}
+
+
+def _shorten(text: str, excess: int, tokenizer) -> str:
+    """`text` without its last `excess` tokens, always shorter than before."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    # A character may be several tokens, so the cut is where the first token to go begins.
+    end = offsets[len(offsets) - excess][0] if excess < len(offsets) else 0
+    return text[: min(end, len(text) - 1)].rstrip()
