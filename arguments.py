@@ -1,12 +1,14 @@
 """What all four scripts share on the command line, and how bad input ends: exit code 2 and one clear sentence."""
 
 import contextlib
+import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,6 +19,8 @@ from models import EMBEDDED, ModelError
 from prompts import MAX_PROMPT_LENGTH, PromptError
 from tasks import Task
 
+# Notes from one library to the other about names that will change; a user can do nothing about them.
+warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl|accelerate)")
 REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
 
 
@@ -60,9 +64,17 @@ class Arguments:
 Given = TypeVar("Given", bound=Arguments)
 
 
+class Parser(HfArgumentParser):
+    """Says what is wrong in one sentence, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message.rstrip('.')}; --help lists all options", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def parse(kind: type[Given], description: str, argv: list[str] | None = None) -> Given:
     """Command line over `--config` file over `--resume` folder over defaults. Unknown names end with exit code 2."""
-    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
+    parser = Parser(kind, description=description, allow_abbrev=False)
     parser.add_argument("--config", default="", help="a YAML file with any of these arguments; the command line wins")
     names = {f.name for f in fields(kind)}
     argv = sys.argv[1:] if argv is None else argv
@@ -110,9 +122,13 @@ def _check(arguments: Arguments) -> None:
         if not getattr(arguments, name) > 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
     for name in ("eval_size", "max_response_length"):
-        if getattr(arguments, name) < 0:
+        if (getattr(arguments, name) or 0) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
     one_of("report_to", arguments.report_to, REPORT_TO)
+    if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
+        raise ArgumentError(
+            f"--report_to {arguments.report_to} needs that package: pip install {arguments.report_to}; or give none"
+        )
     arguments.max_response_length = arguments.max_response_length or (96 if arguments.use_CoT else 16)
 
 
@@ -128,6 +144,15 @@ def get_task(name: str) -> Task:
         return tasks.get(name)
     except ValueError as error:
         raise ArgumentError(f"--task {name}: {error}") from error
+
+
+def get_tasks(names: str) -> list[Task]:
+    """The tasks of a `--task` that may be a list (SST,RTE) or a suite; ArgumentError also for a task named twice."""
+    listed = [name.strip() for name in names.split(",")]
+    chosen = [task for name in listed for task in (tasks.suite(name) if name in tasks.SUITES else [get_task(name)])]
+    if len({task.name for task in chosen}) < len(chosen):
+        raise ArgumentError(f"--task {names} names a task twice")
+    return chosen
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ class LabelTrie:
         tree: the nodes that must be known to choose among the labels; a forced token has none of its own.
         vocabulary: (tokens,) the token ids that may be chosen anywhere; all distributions are over these columns.
         mask: (nodes, tokens), 0 where the column's token continues a label (or closes the answer), MASKED elsewhere.
+        decision_nodes: the nodes at which something is chosen; the others only lead to them.
         paths: for every label, the decisions [(node, column), ...] that lead to it.
     """
 
@@ -105,6 +106,7 @@ class LabelTrie:
                     choices[node] = options
                     path.append((node, token))
             decisions.append(path)
+        self.decision_nodes = sorted(choices)
         self.vocabulary = sorted(set().union(*choices.values()))
         column = {token: i for i, token in enumerate(self.vocabulary)}
         # A finite number, so that probability times log-probability is 0 and not NaN for a masked token.
@@ -150,7 +152,7 @@ class LabelTrie:
             if generator is None:
                 column = int(log_probs[node].argmax())
             else:
-                column = int(torch.multinomial(log_probs[node].exp(), 1, generator=generator))
+                column = draw(log_probs[node].exp(), 1, generator)[0]
             path.append((node, column))
         return self._label[tuple(path)], path
 
@@ -297,9 +299,10 @@ class Engine:
         positions = length + torch.cat(
             [
                 torch.arange(width).expand(rows, width),
-                torch.tensor([[len(r) + d - 1 for d in _padded(t.depths, nodes)] for r, t in zip(rests, trees)]).view(
-                    rows, nodes
-                ),
+                torch.tensor(
+                    [[len(r) + d - 1 for d in _padded(t.depths, nodes)] for r, t in zip(rests, trees)],
+                    dtype=torch.long,  # without a node the list is empty, and its type would be float
+                ).view(rows, nodes),
             ],
             dim=1,
         )
@@ -522,9 +525,7 @@ class Engine:
         for node, group in groups.items():
             line = logits[where[node]]
             if temperature > 0:
-                drawn = torch.multinomial(
-                    torch.softmax(line / temperature, -1).cpu(), len(group), replacement=True, generator=stream
-                ).tolist()
+                drawn = draw(torch.softmax(line / temperature, -1), len(group), stream)
             else:
                 drawn = [int(line.argmax())] * len(group)
             for answer, token in zip(group, drawn):
@@ -577,6 +578,13 @@ class Engine:
             reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
         self.plain = reason is not None
         return reason
+
+
+def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | None) -> list[int]:
+    """`count` places drawn from (places,) probabilities, on the CPU. FloatingPointError if the network gave NaN."""
+    if not bool(torch.isfinite(probabilities).all()):
+        raise FloatingPointError("the model's probabilities are not finite")
+    return torch.multinomial(probabilities.cpu(), count, replacement=True, generator=generator).tolist()
 
 
 def _padded(depths: list[int], nodes: int) -> list[int]:

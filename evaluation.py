@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+import metrics
+import prompts
 import rewards
 from engine import Answer, Engine, LabelTrie
 from tasks import Task
@@ -20,6 +22,17 @@ class Prediction:
     yes: float | None = None
 
 
+def score(task: Task, rows: list[dict], predictions: list[Prediction]) -> dict[str, float]:
+    """Every official metric of the task, their mean and the invalid rate, as `metrics.score` gives them."""
+    return metrics.score(task, rows, [p.label for p in predictions], yes_scores(predictions))
+
+
+def yes_scores(predictions: list[Prediction]) -> list[float] | None:
+    """P(the last label) of every row, by which ReCoRD's entity is chosen; None where generation did not yield it."""
+    scores = [p.yes for p in predictions]
+    return None if None in scores else scores
+
+
 def label_trie(task: Task, tokenizer) -> LabelTrie:
     """The spellings of a task's words right after `<Judgement>`; ValueError if the task has no label set."""
     if not task.words:
@@ -27,6 +40,17 @@ def label_trie(task: Task, tokenizer) -> LabelTrie:
     return LabelTrie(
         [tokenizer(word, add_special_tokens=False).input_ids for word in task.words], tokenizer.eos_token_id
     )
+
+
+def target_ids(task: Task, row: dict, tokenizer) -> list[int]:
+    """What the model should write after `<Judgement>` for a labelled row: the label as `label_trie` spells it, the
+    closing tag and end-of-sequence."""
+    word = tokenizer(prompts.answer_word(task, row["label"]), add_special_tokens=False).input_ids
+    whole = tokenizer(prompts.target(task, row), add_special_tokens=False).input_ids
+    # A tokenizer may melt the word's end and the tag's beginning into one token; the label is then not what is read.
+    if whole[: len(word)] != word:
+        whole = word + tokenizer(rewards.JUDGEMENT_END, add_special_tokens=False).input_ids
+    return [*whole, tokenizer.eos_token_id]
 
 
 def label_of(task: Task, index: int) -> int | float:
@@ -113,3 +137,22 @@ def _most_likely(engine: Engine, task: Task, trie: LabelTrie, prompts: list[list
         yes = float(torch.softmax(totals, -1)[-1])
         predictions.append(Prediction(task.words[label], label_of(task, label), yes))
     return predictions
+
+
+def results_text(task: Task, figures: dict[str, float], more: dict, counted_in: str) -> str:
+    """A table of every metric with its interval and the majority class's, and of gold labels by predicted ones.
+
+    more: `intervals`, `majority` and, with classes, `confusion`, as the functions of metrics.py give them.
+    """
+    lines = [f"{'':14}{'':>8}  95% interval     majority class ({counted_in})"]
+    for name, value in figures.items():
+        low, high = more["intervals"].get(name, (None, None))
+        interval = "" if low is None else f"{low:.3f} to {high:.3f}"
+        lines.append(f"{name:14}{value:8.3f}  {interval:15}  {more['majority'][name]:.3f}")
+    if "confusion" in more:
+        columns = [*task.labels, "invalid"]
+        width, first = max(map(len, columns)) + 2, max(map(len, (*columns, "gold \\ answer")))
+        lines += ["", "gold \\ answer".ljust(first) + "".join(name.rjust(width) for name in columns)]
+        for name, counts in zip(task.labels, more["confusion"]):
+            lines.append(name.ljust(first) + "".join(str(count).rjust(width) for count in counts))
+    return "\n".join(lines)

@@ -36,6 +36,10 @@ class DataError(ValueError):
     """Data that is missing or cannot be read: one sentence with file, 1-based line, the value, and the way out."""
 
 
+class MissingData(DataError):
+    """A split that is nowhere to be found, as against one that is there and cannot be read."""
+
+
 def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: str | Path | None = None) -> list[Row]:
     """The rows of a task's split, in file order.
 
@@ -60,7 +64,7 @@ def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: s
             return _from_file(task, split, path)
     tried = " or ".join(str(path) for path in candidates) or f"a {split} file (there is none for {task.name})"
     if given is not None:
-        raise DataError(f"{task.name} {split}: cannot find {tried}; put the file there or give another data_path.")
+        raise MissingData(f"{task.name} {split}: cannot find {tried}; put the file there or give another data_path.")
     if task.wheel:
         return _from_wheel(task, split, tried)
     return _from_hub(task, split, tried)
@@ -116,7 +120,7 @@ def _from_wheel(task: Task, split: str, tried: str) -> list[Row]:
     for location in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(location) / inside).is_file():
             return _from_file(task, split, Path(location) / inside)
-    raise DataError(
+    raise MissingData(
         f"{task.name} {split}: cannot find {tried}, nor {task.wheel} in an installed package; run scripts/setup.sh, "
         f"which installs {package}, or put the file there."
     )
@@ -126,16 +130,16 @@ def _from_hub(task: Task, split: str, tried: str) -> list[Row]:
     name = "/".join(part for part in task.hub if part)
     failed, way_out = f"{task.name} {split}: cannot find {tried}, and", "data/README.md says where the file goes."
     if not name:
-        raise DataError(f"{failed} the hub does not have this task; {way_out}")
+        raise MissingData(f"{failed} the hub does not have this task; {way_out}")
     if split not in task.hub_splits:
-        raise DataError(f"{failed} hub {name} has no such split; {way_out}")
+        raise MissingData(f"{failed} hub {name} has no such split; {way_out}")
     try:
         import datasets  # takes seconds, and only this function needs it
 
         table = datasets.load_dataset(*task.hub, split=task.hub_splits[split])
     except Exception as error:  # whatever the hub client raises, the user needs both sources in one message
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{failed} hub {name} did not answer ({reason}); {way_out}") from error
+        raise MissingData(f"{failed} hub {name} did not answer ({reason}); {way_out}") from error
     return _finish(task, split, enumerate(table, 1), f"hub {name} {task.hub_splits[split]}", "row")
 
 

@@ -171,7 +171,7 @@ METRICS: dict[str, Callable[[Answers], float]] = {
 
 def _question_matches(answers: Answers) -> np.ndarray:
     right = answers.gold == answers.predicted
-    unit = _units(answers)
+    unit = units(answers.task, answers.rows)
     return np.bincount(unit, ~right) == 0  # (questions,)
 
 
@@ -318,16 +318,16 @@ def bootstrap_interval(
     the row.
     """
     answers = _answers(task, rows, predictions, scores)
-    unit = _units(answers)
-    units = int(unit.max()) + 1
+    unit = units(answers.task, answers.rows)
+    number = int(unit.max()) + 1
     resampled = {name: _resampler(name, answers, unit) for name in task.metrics}
     rng = np.random.default_rng(seed)
     values: dict[str, list[np.ndarray]] = {name: [] for name in task.metrics}
-    chunk = max(1, 2_000_000 // units)  # bounds memory to a few arrays of 16 MB
+    chunk = max(1, 2_000_000 // number)  # bounds memory to a few arrays of 16 MB
     for begin in range(0, samples, chunk):
         size = min(chunk, samples - begin)
-        drawn = rng.integers(0, units, size=(size, units)) + units * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units).astype(float)
+        drawn = rng.integers(0, number, size=(size, number)) + number * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number).astype(float)
         for name in task.metrics:
             values[name].append(resampled[name](counts))
     joined = {name: np.concatenate(parts) for name, parts in values.items()}  # (samples,) each
@@ -336,17 +336,19 @@ def bootstrap_interval(
     return {name: tuple(float(q) for q in np.quantile(v, [tail, 1 - tail])) for name, v in joined.items()}
 
 
-def _units(answers: Answers) -> np.ndarray:
-    """(rows,) number of the sampling unit that each row belongs to, in order of first appearance."""
-    metrics = answers.task.metrics
-    if "gender_parity" in metrics:
-        return np.arange(len(answers.rows)) // 2
-    if "em" in metrics:
-        keys = [tuple(row["id"][:2]) for row in answers.rows]
-    elif "exact_match" in metrics:
-        keys = [row["id"] for row in answers.rows]
+def units(task: Task, rows: list[dict]) -> np.ndarray:
+    """(rows,) number of the unit that each row is scored with, in order of first appearance.
+
+    A unit is what was sampled when the data was made: MultiRC's question, ReCoRD's query, AX-g's pair, else the row.
+    """
+    if "gender_parity" in task.metrics:
+        return np.arange(len(rows)) // 2
+    if "em" in task.metrics:
+        keys = [tuple(row["id"][:2]) for row in rows]
+    elif "exact_match" in task.metrics:
+        keys = [row["id"] for row in rows]
     else:
-        return np.arange(len(answers.rows))
+        return np.arange(len(rows))
     numbers: dict = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 

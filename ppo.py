@@ -6,7 +6,6 @@
 What is left at its default follows RECIPES: the settings that worked on three seeds of MR (see the README).
 """
 
-import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import torch
 import transformers
 
 import evaluation
-import loaders
 import metrics
 import models
 import prompts
 import rewards
 import runs
+import splits
 import tracking
 from arguments import ArgumentError, Arguments, clear_errors, get_task, one_of, parse
 from ppo_trainer import PPOConfig, PPOTrainer, TrainingError
@@ -29,7 +28,7 @@ from tasks import Task
 # share the prompt's forward), a slower start and some entropy, or the policy collapses onto one label.
 RECIPES = {
     "expected": {"learning_rate": 5e-4, "repeat_time": 1, "max_steps": 24, "entropy_coef": 0.0, "warmup_steps": 0},
-    "sampled": {"learning_rate": 2e-4, "repeat_time": 16, "max_steps": 50, "entropy_coef": 0.05, "warmup_steps": 4},
+    "sampled": {"learning_rate": 4e-4, "repeat_time": 16, "max_steps": 40, "entropy_coef": 0.05, "warmup_steps": 4},
 }
 
 
@@ -54,21 +53,25 @@ class PPOArguments(Arguments):
     num_minibatches: int = field(default=1, metadata={"help": "updates per pass"})
     clip_range: float = field(default=0.2, metadata={"help": "of the probability ratio"})
     kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference in the reward"})
-    entropy_coef: float | None = field(default=None, metadata={"help": "weight of the entropy bonus; default by recipe"})
+    entropy_coef: float | None = field(
+        default=None, metadata={"help": "weight of the entropy bonus; default by recipe"}
+    )
     value_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
     value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value head"})
-    warmup_steps: int | None = field(default=None, metadata={"help": "steps until the learning rate is full; by recipe"})
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "steps until the learning rate is full; by recipe"}
+    )
     reward_correct: float = field(default=1.0, metadata={"help": "reward of a correct answer"})
     reward_wrong: float = field(default=-1.0, metadata={"help": "reward of a wrong answer"})
     reward_invalid: float = field(default=-3.0, metadata={"help": "reward of an answer that does not parse"})
     reward_number: float = field(default=2.5, metadata={"help": "STS-B: reward of an exact number; less the distance"})
     strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
-    tokens_per_micro_batch: int = field(default=512, metadata={"help": "tokens that go through the network at once"})
+    tokens_per_micro_batch: int = field(default=384, metadata={"help": "tokens that go through the network at once"})
 
 
 def check(arguments: PPOArguments, task: Task) -> None:
     """Refuse what cannot be run, and fill in what the recipe decides. Raises ArgumentError."""
-    arguments.answer_space = arguments.answer_space or ("labels" if task.words else "free")
+    arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ("labels", "free"))
     summable = arguments.answer_space == "labels" and not arguments.use_CoT
     arguments.policy_gradient = arguments.policy_gradient or ("expected" if summable else "sampled")
@@ -100,43 +103,14 @@ def check(arguments: PPOArguments, task: Task) -> None:
         )
 
 
-def load_rows(arguments: PPOArguments, task: Task) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and the held-out rows to evaluate on (always the same ones, whatever the seed).
-
-    With `--data_path` a file of its own, the held-out rows are the validation split if there is one, else the end of
-    the file, which is then not trained on.
-    """
-    train = loaders.load(task, "train", data_path=arguments.data_path or None)
-    is_file = bool(arguments.data_path) and Path(arguments.data_path).is_file()
-    try:
-        held_out = loaders.load(task, "validation", data_path=None if is_file else arguments.data_path or None)
-    except loaders.DataError:
-        size = min(arguments.eval_size or len(train), len(train) // 5)
-        if not size:
-            raise
-        train, held_out = train[:-size], train[-size:]
-        print(f"No validation split of {task.name} found: the last {size} training rows are held out instead.")
-    unlabelled = next((row for row in [*train, *held_out] if row["label"] is None), None)
-    if unlabelled is not None:
-        raise ArgumentError(
-            f"row {unlabelled['id']} of {task.name} has no label; PPO trains and evaluates on labelled rows"
-        )
-    train = loaders.training_rows(task, train, arguments.seed)
-    random.Random(1).shuffle(held_out)
-    if task.candidates and arguments.eval_size:  # all candidates of a question stay together
-        kept = {row["id"] for row in held_out[: arguments.eval_size]}
-        return train, [row for row in held_out if row["id"] in kept]
-    return train, held_out[: arguments.eval_size or None]
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PPOArguments, __doc__.splitlines()[0], argv)
     with clear_errors("ppo.py"):
         task = get_task(arguments.task)
         check(arguments, task)
-        if not task.labels and not task.number:
-            task = loaders.with_labels(task, loaders.load(task, "train", data_path=arguments.data_path or None))
-        train, held_out = load_rows(arguments, task)
+        place = splits.place(task, arguments.data_path)
+        task = splits.labelled(task, place)
+        train, held_out = splits.train_and_held_out(task, place, arguments.eval_size, arguments.seed)
         if len(train) < arguments.batch_sentence_num:
             raise ArgumentError(
                 f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(train)} training rows of "
@@ -236,7 +210,7 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=min(arguments.eval_steps or steps, steps),
-        eval_on_start=not arguments.resume,
+        eval_on_start=not tracking.evaluations(folder),
         save_strategy="steps",
         save_steps=min(save_every, steps),
         report_to=tracking.prepare_reporting(arguments.report_to, folder),

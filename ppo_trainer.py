@@ -7,11 +7,7 @@ actions in place of a sample, Asadi et al. 2017 (https://arxiv.org/abs/1709.0050
 (https://arxiv.org/abs/1801.05134); the implementation details follow https://arxiv.org/abs/2403.17031.
 """
 
-import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from checkpoints import RunTrainer, TrainingError
 from engine import MASKED, Answer, Engine, LabelTrie, Tree
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 KL_SAMPLE = 8  # prompts on which the KL is measured when it is not part of the reward
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says at which step, why, and where the last checkpoint lies."""
 
 
 @dataclass
@@ -155,7 +148,7 @@ class StratifiedSampler(torch.utils.data.Sampler):
         return iter([i for _, i in sorted(placed)])
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(RunTrainer, Trainer):
     """PPO on prompts whose answers a reward function can judge.
 
     Args:
@@ -277,7 +270,12 @@ class PPOTrainer(Trainer):
         self.generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         rows = inputs["rows"]
         prompts = [self._prompt_ids(row) for row in rows]
-        step = self._expected_step(rows, prompts) if self.expected else self._sampled_step(rows, prompts)
+        try:
+            step = self._expected_step(rows, prompts) if self.expected else self._sampled_step(rows, prompts)
+        except FloatingPointError as error:
+            raise TrainingError(
+                f"{error} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. Lower --learning_rate"
+            ) from error
         loss = torch.tensor(step, device=self.args.device)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -534,8 +532,9 @@ class PPOTrainer(Trainer):
                 prompts, self.stop, args.max_response_length, args.samples_per_prompt, args.temperature, self.generator
             )
             if self.trie is not None:
+                words = tuple(self.completion(word) for word in self.label_words)
                 states = self.engine.judge(
-                    prompts, trees, answers, self.trie, self.label_words, self.link, args.temperature, self.generator
+                    prompts, trees, answers, self.trie, words, self.link, args.temperature, self.generator
                 )
             return trees, answers, states
         trees = [self.trie.tree] * len(prompts)
@@ -583,11 +582,9 @@ class PPOTrainer(Trainer):
             for (p, answer), score in zip(flat, scores)
         ]
         counts: dict[str, int] = {}
-        folded = {word.lower(): word for word in self.label_words}
         for _, answer in flat:
-            end = self.credit(answer.text, answer.ended)
-            word = "invalid" if end is None else answer.text[:end].strip().lower()
-            counts[folded.get(word, word)] = counts.get(folded.get(word, word), 0) + 1
+            word = self._answered(answer)
+            counts[word] = counts.get(word, 0) + 1
         self._log_step(
             reward=torch.tensor(scores),
             kl=self._step_metrics["objective/kl"],
@@ -600,6 +597,18 @@ class PPOTrainer(Trainer):
         )
         self._step_metrics["policy/equal_rewards"] = float(equal)
         self._step_metrics["objective/response_length"] = sum(len(a.tokens) for _, a in flat) / len(flat)
+
+    def _answered(self, answer: Answer) -> str:
+        """Which of the label words an answer gives: `invalid` if none, `other` for a number that is not listed."""
+        if answer.label is not None:
+            return self.label_words[answer.label]
+        end = self.credit(answer.text, answer.ended)
+        if end is None:
+            return "invalid"
+        text = answer.text[:end].lower().replace("_", " ").replace("-", " ")
+        # What comes before the word is an analysis.
+        fitting = [w for w in self.label_words if text.endswith(w.lower().replace("_", " ").replace("-", " "))]
+        return max(fitting, key=len, default="other")
 
     def _log_step(self, reward: torch.Tensor, kl: float, entropy: float, shares: dict, accuracy, spread: float) -> None:
         if accuracy is not None:
@@ -620,20 +629,6 @@ class PPOTrainer(Trainer):
                     "policy/grad_norm": logs.pop("grad_norm", 0.0), **logs, **self._step_metrics}  # fmt: skip
             self._step_metrics = {}
         super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Run `compute_metrics` on the current policy; its figures are logged as eval/<name>."""
-        self.model.eval()
-        started = time.perf_counter()
-        metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
-        metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
-        self.log(dict(metrics))
-        score = metrics.get(f"{metric_key_prefix}/score")
-        if score is not None and (self.state.best_metric is None or score > self.state.best_metric):
-            self.state.best_metric, self.state.best_global_step = score, self.state.global_step
-            self._write_folder("best", self.save_model)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     # ------------------------------------------------------------------------------- optimizer, checkpoints, resume
 
@@ -670,62 +665,6 @@ class PPOTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         labels = [row.get("label") for row in rows]
         return StratifiedSampler([round(x) if isinstance(x, float) else x for x in labels], self.args.seed)
-
-    def floating_point_ops(self, inputs) -> int:
-        """Not counted: Trainer's formula does not know the shared prefix."""
-        return 0
-
-    def last_checkpoint(self) -> Path | None:
-        """The checkpoint of this run with the most steps; None if there is none yet."""
-        states = Path(self.args.output_dir).glob("*/trainer_state.json")
-        return max((state.parent for state in states), key=self.step_of, default=None)
-
-    @staticmethod
-    def step_of(checkpoint: Path | None) -> int:
-        """How many steps a checkpoint has behind it; 0 for None."""
-        return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
-
-    def _last_checkpoint_text(self) -> str:
-        checkpoint = self.last_checkpoint()
-        return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's checkpoint, under the run's own names: epoch-<n> where an epoch ends, step-<n> elsewhere."""
-        epoch = self.state.epoch or 0.0
-        name = f"step-{self.state.global_step}"
-        if self.args.save_methods == "epoch" and abs(epoch - round(epoch)) < 1e-6:
-            name = f"epoch-{self.args.epoch_offset + round(epoch)}"
-
-        def write(folder: str) -> None:
-            run, self.args.output_dir = self.args.output_dir, folder
-            try:
-                super(PPOTrainer, self)._save_checkpoint(model, trial)
-            finally:
-                self.args.output_dir = run
-            for part in (Path(folder) / f"checkpoint-{self.state.global_step}").iterdir():
-                part.rename(Path(folder) / part.name)
-            (Path(folder) / f"checkpoint-{self.state.global_step}").rmdir()
-
-        self._write_folder(name, write)
-
-    def _write_folder(self, name: str, write: Callable[[str], None]) -> None:
-        """Write a folder of the run aside and move it into its place, so that it is there whole or not at all."""
-        run = Path(self.args.output_dir)
-        run.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=run, prefix=f".{name}-"))
-        try:
-            write(str(aside))
-            self.on_save(aside)
-            aside.chmod(0o755)
-            if (run / name).exists():
-                old = Path(tempfile.mkdtemp(dir=run, prefix=f".old-{name}-"))
-                os.replace(run / name, old)
-                os.replace(aside, run / name)
-                shutil.rmtree(old)
-            else:
-                os.replace(aside, run / name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -24,8 +24,8 @@ TOKENIZED_AT_ONCE = 1000  # many at once are faster, but what the tokenizer retu
 class Wording:
     """What a task says around its row.
 
-    `{words}` stands for the task's words ("negative or positive") and `{answers}` for the same between tags; other
-    braces are fields of the row. The instruction holds none of these: it is shared by all prompts of the task.
+    `{words}` stands for the task's words ("negative or positive") and, in the instruction, `{answers}` for the same
+    between tags. The other braces are fields of the row, and not in the instruction: all prompts of the task share it.
     """
 
     instruction: str
@@ -33,18 +33,115 @@ class Wording:
     question: str
 
 
+SENTIMENT = Wording(
+    instruction="Classify the sentiment of a movie review. A review that criticizes the movie is negative, "
+    "a review that praises it is positive. Possible answers: {answers}.",
+    body="Review: {sentence}",
+    question="Sentiment ({words}):",
+)
+ENTAILMENT = Wording(  # one for the diagnostic sets and the tasks whose models answer them
+    instruction="Read a text and decide whether a statement follows from it. If the text says or implies that the "
+    "statement is true, the answer is yes, if it does not, the answer is no. Possible answers: "
+    "<Judgement>yes</Judgement>, <Judgement>no</Judgement>.",  # in this order for WNLI too, whose class 0 is no
+    body="Text: {premise}\nStatement: {hypothesis}",
+    question="Does the statement follow (yes or no):",
+)
+ENTAILMENT_OR_CONTRADICTION = Wording(
+    instruction="Read a text and decide whether a statement follows from it. If the text says or implies that the "
+    "statement is true, the answer is yes, if it says or implies that the statement is false, the answer is no, "
+    "if the text leaves it open, the answer is maybe. Possible answers: {answers}.",
+    body="Text: {premise}\nStatement: {hypothesis}",
+    question="Does the statement follow ({words}):",
+)
 WORDINGS: dict[str, Wording] = {
-    "MR": Wording(
-        instruction="Classify the sentiment of a movie review. A review that criticizes the movie is negative, "
-        "a review that praises it is positive. Possible answers: {answers}.",
-        body="Review: {sentence}",
-        question="Sentiment (negative or positive):",
+    "CoLA": Wording(
+        instruction="Decide whether a sentence has a grammar mistake. If it has a mistake, the answer is yes, if it is "
+        "correct, the answer is no. Possible answers: {answers}.",
+        body="Sentence: {sentence}",
+        question="Grammar mistake ({words}):",
     ),
-    "SST": Wording(
-        instruction="Classify the sentiment of a movie review. A review that criticizes the movie is negative, "
-        "a review that praises it is positive. Possible answers: {answers}.",
-        body="Review: {sentence}",
-        question="Sentiment (negative or positive):",
+    "SST": SENTIMENT,
+    "MRPC": Wording(
+        instruction="Decide whether two sentences have the same meaning. If they say different things, the answer is "
+        "no, if they say the same in other words, the answer is yes. Possible answers: {answers}.",
+        body="Sentence 1: {sentence1}\nSentence 2: {sentence2}",
+        question="Same meaning ({words}):",
+    ),
+    "STS-B": Wording(
+        instruction="Rate how similar in meaning two sentences are, from 5.0 (the same meaning) to 0.0 (nothing in "
+        "common). Possible answers: <Judgement>5.0</Judgement>, <Judgement>4.0</Judgement>, "
+        "<Judgement>3.0</Judgement>, <Judgement>2.0</Judgement>, <Judgement>1.0</Judgement>, "
+        "<Judgement>0.0</Judgement>, and numbers in between.",
+        body="Sentence 1: {sentence1}\nSentence 2: {sentence2}",
+        question="Similarity:",
+    ),
+    "QQP": Wording(
+        instruction="Decide whether two questions have the same meaning. If they ask different things, the answer is "
+        "no, if they ask the same in other words, the answer is yes. Possible answers: {answers}.",
+        body="Question 1: {question1}\nQuestion 2: {question2}",
+        question="Same meaning ({words}):",
+    ),
+    "MNLI-m": ENTAILMENT_OR_CONTRADICTION,
+    "MNLI-mm": ENTAILMENT_OR_CONTRADICTION,
+    "QNLI": Wording(
+        instruction="Read a question and a sentence and decide whether the sentence answers the question. If the "
+        "sentence contains the answer, the answer is yes, if it does not, the answer is no. "
+        "Possible answers: {answers}.",
+        body="Question: {question}\nSentence: {sentence}",
+        question="Does the sentence answer the question ({words}):",
+    ),
+    "RTE": ENTAILMENT,
+    "WNLI": ENTAILMENT,
+    "AX": ENTAILMENT_OR_CONTRADICTION,
+    "BoolQ": Wording(
+        instruction="Read a passage and answer a question about it. Possible answers: {answers}.",
+        body="Passage: {passage}\nQuestion: {question}?",
+        question="Answer ({words}):",
+    ),
+    "CB": ENTAILMENT_OR_CONTRADICTION,
+    "COPA": Wording(
+        instruction="Read a sentence and choose the more likely of two options, 1 or 2. Possible answers: {answers}.",
+        body="Sentence: {premise}\nOption 1: {choice1}\nOption 2: {choice2}",
+        question="The more likely {question} ({words}):",
+    ),
+    "MultiRC": Wording(
+        instruction="Read a passage, a question and a proposed answer, and decide whether the proposed answer is "
+        "correct. If the passage does not say so, the answer is no, if it does, the answer is yes. "
+        "Possible answers: {answers}.",
+        body="Passage: {passage}\nQuestion: {question}\nProposed answer: {answer}",
+        question="Is the proposed answer correct ({words}):",
+    ),
+    "ReCoRD": Wording(
+        instruction="Read a passage and a sentence in which a name is replaced by @placeholder. Decide whether the "
+        "candidate is that name. Possible answers: {answers}.",
+        body="Passage: {passage}\nSentence: {query}\nCandidate: {entity}",
+        question="Is @placeholder the candidate ({words}):",
+    ),
+    "SuperGLUE/RTE": ENTAILMENT,
+    "WiC": Wording(
+        instruction="Read two sentences that contain the same word. If the word means different things, the answer is "
+        "no, if it means the same, the answer is yes. Possible answers: {answers}.",
+        body="Word: {word}\nSentence 1: {sentence1}\nSentence 2: {sentence2}",
+        question="Same ({words}):",
+    ),
+    "WSC": Wording(
+        instruction="Read a text and decide whether a pronoun in it refers to a candidate. If it refers to something "
+        "else, the answer is no, if it refers to the candidate, the answer is yes. Possible answers: {answers}.",
+        body="Text: {text}\nPronoun: {span2_text}\nCandidate: {span1_text}",
+        question="Same ({words}):",
+    ),
+    "AX-b": ENTAILMENT,
+    "AX-g": ENTAILMENT,
+    "MR": SENTIMENT,
+    "SIGA-nli": Wording(
+        instruction=ENTAILMENT_OR_CONTRADICTION.instruction,
+        body="Text: {premise}\nStatement: {statement}",
+        question=ENTAILMENT_OR_CONTRADICTION.question,
+    ),
+    "MentalHealth": Wording(
+        instruction="Read what a person wrote and classify the person's mental state. Possible answers: {answers}.",
+        body="Text: {text}",
+        question="Mental state:",
     ),
 }
 COT = (
@@ -116,7 +213,9 @@ def build_all(
                     f"passage; raise --max_prompt_length (now {max_prompt_length})"
                     + (" or lower --num_shots" if demonstrations else "")
                 )
-            fields[longest] = _shorten(fields[longest], len(prompts[i]) - max_prompt_length, tokenizer)
+            # In steps, so that two long passages both keep their beginning.
+            excess = len(prompts[i]) - max_prompt_length
+            fields[longest] = _shorten(fields[longest], -(-excess // len(task.passage)), tokenizer)
             prompts[i] = tokenize([fields])[0]
     return prompts, shortened
 
@@ -139,10 +238,11 @@ def listed(words: tuple[str, ...]) -> str:
 def _render(task: Task, fields: dict[str, str], tokenizer, use_CoT: bool, shots: list[tuple[dict, str]]) -> str:
     wording = WORDINGS[task.name]
     # Braces in a row's text stay as they are: every text is filled in once, and never read as a template.
+    words, template = listed(task.words), f"{wording.body}\n{wording.question}"
     instruction = wording.instruction.format(
-        words=listed(task.words), answers=", ".join(f"{JUDGEMENT}{word}{JUDGEMENT_END}" for word in task.words)
+        words=words, answers=", ".join(f"{JUDGEMENT}{word}{JUDGEMENT_END}" for word in task.words)
     )
-    users = [f"{wording.body}\n{wording.question}".format(**row) for row in [*(shot for shot, _ in shots), fields]]
+    users = [template.format(words=words, **texts) for texts in [*(shot for shot, _ in shots), fields]]
     answers = [f"{JUDGEMENT}{word}{JUDGEMENT_END}" for _, word in shots]
     if use_CoT:
         instruction += f" {COT}"

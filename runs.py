@@ -26,8 +26,13 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name.rstrip("/").rsplit("/", 1)[-1])
 
 
-def make_folder(arguments: Arguments, task: Task, learning_rate: float | None = None) -> Path:
-    """The run's folder: `--output_dir`, or model/<task>/<model>-<batch>-<lr>-<timestamp>.
+def folder_of(task: Task) -> str:
+    """The folder of one task below a run of several: `SuperGLUE/RTE` -> `SuperGLUE-RTE`."""
+    return task.name.replace("/", "-")
+
+
+def make_folder(arguments: Arguments, task: Task | str, learning_rate: float | None = None) -> Path:
+    """The run's folder: `--output_dir`, or model/<task, or name of several>/<model>-<batch>-<lr>-<timestamp>.
 
     ArgumentError if it cannot be written, or holds another run (which is never overwritten).
     """
@@ -42,7 +47,8 @@ def make_folder(arguments: Arguments, task: Task, learning_rate: float | None = 
         parts = [folder_name(arguments.train_model_name), str(arguments.batch_sentence_num)]
         parts += [f"{learning_rate:g}"] if learning_rate is not None else []
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = ROOT / "model" / task.name.replace("/", "-") / "-".join([*parts, stamp])
+        name = task if isinstance(task, str) else task.name
+        folder = ROOT / "model" / name.replace("/", "-") / "-".join([*parts, stamp])
         number = 2
         while folder.exists():
             folder = folder.with_name(f"{'-'.join([*parts, stamp])}-{number}")
@@ -95,7 +101,7 @@ def data_hash(rows: list[dict]) -> str:
 def write_summary(
     folder: Path,
     method: str,
-    task: Task,
+    task: Task | str,
     arguments: Arguments,
     metrics: dict[str, dict[str, float]],
     samples: int = 0,
@@ -104,12 +110,13 @@ def write_summary(
 ) -> dict:
     """summary.json: what was run, what came out, and all that is needed to run it again. Returns it.
 
+    task: the task, or a name for several.
     metrics: by moment (`before`, `after`, `best`), every official metric under its name and `invalid_rate`.
     """
     summary = {
         "method": method,
-        "task": task.name,
-        "task_version": task.version,
+        "task": task if isinstance(task, str) else task.name,
+        "task_version": None if isinstance(task, str) else task.version,
         "model": arguments.train_model_name,
         "seed": arguments.seed,
         "answer_space": arguments.answer_space,

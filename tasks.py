@@ -35,6 +35,7 @@ class Task:
     submission: str = ""  # the leaderboard's file name
     submission_words: tuple[str | int, ...] = ()  # what that file says, by class id
     answered_by: str = ""  # the task whose model answers this one
+    note: str = ""  # what a reader of its results should know
     version: int = 1  # raised when the prompt, the words or the split change, so that results stay comparable
 
 
@@ -67,7 +68,7 @@ _TABLE = [
         fields=("sentence",),
         passage=("sentence",),
         labels=("unacceptable", "acceptable"),
-        words=NO_YES,
+        words=YES_NO,  # the prompt asks whether there is a mistake
         metrics=("matthews",),
         submission="CoLA.tsv",
         submission_words=(0, 1),
@@ -227,6 +228,7 @@ _TABLE = [
     ),
     Task(
         name="WNLI",
+        note="answering every row of its test set with the majority class scores 65.1",
         suite="GLUE",
         folder="GLUE/WNLI",
         files=TSV,

@@ -1,8 +1,11 @@
 """What a person sees of a training run: the progress bar, a line per step, history.jsonl, and the dashboards."""
 
+import importlib
 import json
+import netrc
 import os
 from pathlib import Path
+from urllib.parse import urlparse
 
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
@@ -57,7 +60,7 @@ class RunCallback(TrainerCallback):
     def episode_text(self, episode: dict) -> str:
         """Prompt, answer, gold and reward of one episode, as a reader wants them."""
         prompt = self.tokenizer.decode(episode["prompt"]).strip()
-        gold = gold_text(self.task, episode["row"]["label"])
+        gold = gold_text(episode.get("task", self.task), episode["row"]["label"])
         return (
             "  | " + prompt.replace("\n", "\n  | ") + f"\n  answer: {episode['answer']!r}   gold: {gold}"
             f"   reward: {episode['reward']:+.2f}"
@@ -76,7 +79,8 @@ def step_line(step: int, total: int, figures: dict[str, float]) -> str:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in evaluated.items() if name != "seconds")
         return f"step {step}/{total}  held-out: {shown}  ({evaluated.get('seconds', 0):.0f} s)"
     names = {"objective/reward": "reward", "objective/accuracy": "accuracy", "objective/invalid_rate": "invalid",
-             "objective/entropy": "entropy", "objective/kl": "KL", "policy/loss": "loss"}  # fmt: skip
+             "objective/entropy": "entropy", "objective/kl": "KL", "policy/loss": "loss",
+             "train/loss": "loss", "train/token_accuracy": "token accuracy"}  # fmt: skip
     shown = "  ".join(f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures)
     shares = sorted(
         ((name.rsplit("/", 1)[-1], share) for name, share in figures.items() if name.startswith("objective/share/")),
@@ -113,16 +117,42 @@ def prepare_reporting(report_to: str, folder: Path) -> list[str]:
     if report_to == "none":
         return []
     if report_to == "wandb":
-        import wandb
-
         os.environ.setdefault("WANDB_DIR", str(folder))
         os.environ.setdefault("WANDB_PROJECT", "nlu")
         os.environ.setdefault("WANDB_SILENT", "true")
-        if not wandb.api.api_key:
+        if not _has_wandb_key():
             os.environ.setdefault("WANDB_MODE", "offline")
     if report_to == "tensorboard":
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return [report_to]
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find an API key. Looked up here: asking wandb fixes its mode before it can be chosen."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, float]) -> None:
+    """Send the figures of a run that does not train, which has one point in time, to its dashboard."""
+    prepare_reporting(report_to, folder)
+    if report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, 0)
+    elif report_to != "none":  # wandb, and trackio, which has the same calls
+        dashboard = importlib.import_module(report_to)
+        project = os.environ.get("WANDB_PROJECT", "nlu")
+        dashboard.init(project=project, name=folder.name, config=config)
+        dashboard.log(figures)
+        dashboard.finish()
 
 
 class EpisodeTable(TrainerCallback):
@@ -139,7 +169,7 @@ class EpisodeTable(TrainerCallback):
         callback = self.run_callback
         for episode in callback.trainer.episodes[:8]:
             prompt = callback.tokenizer.decode(episode["prompt"])
-            gold = gold_text(callback.task, episode["row"]["label"])
+            gold = gold_text(episode.get("task", callback.task), episode["row"]["label"])
             self.rows.append([state.global_step, prompt, episode["answer"], gold, episode["reward"]])
         table = wandb.Table(columns=["step", "prompt", "answer", "gold", "reward"], data=self.rows)
         wandb.log({"episodes": table, "train/global_step": state.global_step})
@@ -151,7 +181,9 @@ def table_callbacks(report_to: str, run_callback: RunCallback) -> list[TrainerCa
 
 
 def history(folder: Path) -> list[dict]:
-    """The lines of history.jsonl."""
+    """The lines of history.jsonl; none before the first evaluation."""
+    if not (folder / "history.jsonl").exists():
+        return []
     return [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -57,6 +57,8 @@ options=(
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh"
 export WANDB_PROJECT="$project"
+# A run that goes on keeps its own settings; only what is typed may change them.
+case " $* " in *" --resume"*) exec "$root/.venv/bin/python" "$root/ppo.py" "$@" ;; esac
 exec "$root/.venv/bin/python" "$root/ppo.py" --task "$task" --train_model_name "$model_path" \
     ${from_local:+--from_local "$from_local"} ${use_CoT:+--use_CoT "$use_CoT"} \
     ${output_dir:+--output_dir "$output_dir"} ${seed:+--seed "$seed"} ${options[@]+"${options[@]}"} "$@"

@@ -336,7 +336,7 @@ def test_resamples_agree_with_the_plain_computation(task):
     def check(example, seed):
         rows, predictions, scores = example
         answers = metrics._answers(task, rows, predictions, scores)
-        unit = metrics._units(answers)
+        unit = metrics.units(answers.task, answers.rows)
         units = unit.max() + 1
         counts = np.bincount(np.random.default_rng(seed).integers(0, units, units), minlength=units)
         written = {"rows": [], "predictions": [], "scores": []}

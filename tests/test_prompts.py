@@ -106,7 +106,7 @@ def test_wording_shows_every_field_after_the_instruction(task):
         return {name for _, name, _, _ in string.Formatter().parse(text) if name}
 
     assert fields(wording.instruction) <= {"words", "answers"}
-    assert fields(wording.body + wording.question) == set(task.fields)
+    assert fields(wording.body + wording.question) - {"words"} == set(task.fields)
 
 
 @pytest.mark.parametrize("task", ALL)

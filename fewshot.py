@@ -1,0 +1,98 @@
+"""Few-shot prompting: solved rows of the training split stand before every question, and nothing is trained.
+
+    bash scripts/fewshot.sh                                   8 demonstrations, the embedded model on MR
+    bash scripts/fewshot.sh --task RTE --num_shots 4 --train_model_name Qwen/Qwen2.5-1.5B-Instruct
+
+Everything else, and everything that is written, is as in inference.py.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import inference
+import loaders
+import prompts
+from arguments import ArgumentError, clear_errors, parse
+from inference import InferenceArguments, Job
+from tasks import Task
+
+
+@dataclass
+class FewshotArguments(InferenceArguments):
+    """What few-shot prompting takes beside inference.py's arguments."""
+
+    max_prompt_length: int = field(
+        default=2048, metadata={"help": "tokens, demonstrations included; a longer prompt loses text from its passage"}
+    )
+    num_shots: int = field(default=8, metadata={"help": "demonstrations before each question"})
+    same_shots: bool = field(default=True, metadata={"help": "True: the same for all rows; False: drawn for each row"})
+
+
+def draw(task: Task, rows: list[dict], number: int, random_: random.Random) -> list[dict]:
+    """Demonstrations, as many of each class as of any other (give or take one), in random order.
+
+    The classes of a number task are its whole numbers.
+    """
+    classes: dict = {}
+    for row in rows:
+        classes.setdefault(round(row["label"]) if task.number else row["label"], []).append(row)
+    order = sorted(classes)
+    random_.shuffle(order)
+    # One of each class, and again, until there are enough or a class has no more: then from the others.
+    pools = [random_.sample(classes[label], min(number, len(classes[label]))) for label in order]
+    drawn = [pool[turn] for turn in range(number) for pool in pools if turn < len(pool)][:number]
+    random_.shuffle(drawn)
+    return drawn
+
+
+def that_fit(
+    task: Task, drawn: list[dict], longest: dict, tokenizer, use_CoT: bool, max_prompt_length: int
+) -> list[dict]:
+    """The demonstrations for which there is room beside the longest row (of which a passage may be cut to half of the
+    prompt): a demonstration is shown whole or not at all."""
+
+    def length(shots: list[dict]) -> int:
+        return len(prompts.build(task, longest, tokenizer, use_CoT, 10**9, shots)[0])
+
+    own = length([])
+    over = max(0, own - max_prompt_length // 2) if task.passage else 0  # text that may be cut from the row's passage
+    kept: list[dict] = []
+    for shot in drawn:
+        if length([*kept, shot]) - over <= max_prompt_length:
+            kept.append(shot)
+    return kept
+
+
+def show(arguments: FewshotArguments, job: Job, tokenizer) -> list[list[dict]]:
+    """For every row its demonstrations: of the training split, and none that is itself answered here."""
+    task = job.task
+    train = loaders.training_rows(task, inference.training_split(arguments, task), arguments.seed)
+    answered = {tuple(row[name] for name in task.fields) for row in job.rows}
+    train = [row for row in train if tuple(row[name] for name in task.fields) not in answered]
+    longest = max(job.rows, key=lambda row: sum(len(row[name]) for name in task.fields))
+    random_ = random.Random(arguments.seed)
+    shots, left_out = [], 0
+    for _ in [None] if arguments.same_shots else job.rows:
+        drawn = draw(task, train, arguments.num_shots, random_)
+        shots.append(that_fit(task, drawn, longest, tokenizer, arguments.use_CoT, arguments.max_prompt_length))
+        left_out += len(drawn) - len(shots[-1])
+    if len(train) < arguments.num_shots:
+        print(f"{task.name}: only {len(train)} training rows can be shown, not {arguments.num_shots}.")
+    if left_out:
+        print(
+            f"{task.name}: {left_out} of {len(drawn) * len(shots)} demonstrations do not fit into --max_prompt_length "
+            f"{arguments.max_prompt_length} and are left out."
+        )
+    return shots * len(job.rows) if arguments.same_shots else shots
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(FewshotArguments, __doc__.splitlines()[0], argv)
+    with clear_errors("fewshot.py"):
+        if arguments.num_shots < 1:
+            raise ArgumentError(f"--num_shots {arguments.num_shots} must be at least 1; inference.py shows none")
+    inference.run(arguments, "fewshot.py", "few-shot", show)
+
+
+if __name__ == "__main__":
+    main()

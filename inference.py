@@ -1,0 +1,296 @@
+"""Answers to a task's questions: zero-shot, or by an adapter that ppo.py or sft.py trained.
+
+    bash scripts/inference.sh                                 the embedded model on MR
+    bash scripts/inference.sh --task SST,RTE --answer_space score
+    bash scripts/inference.sh --task MR --from_local True --train_model_name model/MR/<run>/best
+    bash scripts/inference.sh --task GLUE --submission True --from_local True --train_model_name 'model/{task}/best'
+
+The run's folder holds predictions.jsonl (every prompt, answer, label and gold label) and summary.json; of several tasks
+each has a folder of its own, and <suite>.json holds the suite's score. With `--split test` the leaderboard file lies
+there too, and with `--submission True` the suite's zip. fewshot.py is the same with demonstrations in the prompts.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import transformers
+
+import evaluation
+import loaders
+import metrics
+import models
+import predictions
+import runs
+import splits
+import submission
+import tasks
+import tracking
+from arguments import ArgumentError, Arguments, as_dict, clear_errors, get_tasks, one_of, parse
+from engine import TOKENS_PER_MICRO_BATCH, Engine
+from models import ModelError
+from tasks import Task
+
+EVALUATED = 400  # labelled rows per task, unless --eval_size says otherwise
+SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a run goes on
+
+
+@dataclass
+class InferenceArguments(Arguments):
+    """What prompting takes beside the common arguments."""
+
+    task: str = field(default="MR", metadata={"help": "a task, several as SST,RTE, or a suite: GLUE, SuperGLUE"})
+    train_model_name: str = field(
+        default=models.EMBEDDED,
+        metadata={"help": "the embedded model, a hub name, or (with --from_local True) a folder; {task} in it stands "
+                  "for the task whose model answers (AX: MNLI-m)"},
+    )  # fmt: skip
+    batch_sentence_num: int = field(default=256, metadata={"help": "rows answered, and saved, at once"})
+    eval_size: int | None = field(
+        default=None, metadata={"help": "rows per task; 0: all; default 400 labelled ones, or all unlabelled ones"}
+    )
+    split: str = field(default="", metadata={"help": "validation or test; default validation, for --submission test"})
+    submission: bool = field(default=False, metadata={"help": "True: write the suite's leaderboard zip"})
+    do_sample: bool = field(default=False, metadata={"help": "True: sample at --model_temperature; False: greedy"})
+    strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
+    resume: str = field(default="", metadata={"help": "folder of an interrupted run to finish"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task's rows to answer."""
+
+    task: Task
+    rows: list[dict]
+    whole: bool  # these are all rows of the split
+    place: str | None  # data_path of its files
+    model: str
+
+    @property
+    def labelled(self) -> bool:
+        return all(row["label"] is not None for row in self.rows)
+
+
+def check(arguments: InferenceArguments) -> list[Task]:
+    """The tasks; refuses what cannot be run and fills in defaults. Raises ArgumentError."""
+    chosen = get_tasks(arguments.task)
+    arguments.answer_space = arguments.answer_space or "labels"
+    one_of("answer_space", arguments.answer_space, evaluation.ANSWER_SPACES)
+    if arguments.answer_space == "score" and (arguments.use_CoT or arguments.do_sample):
+        raise ArgumentError(
+            "--answer_space score compares the labels' likelihoods, with no analysis and nothing sampled; leave "
+            "--use_CoT and --do_sample at False, or use --answer_space labels"
+        )
+    arguments.split = arguments.split or ("test" if arguments.submission else "validation")
+    one_of("split", arguments.split, ("validation", "test"))
+    if arguments.submission:
+        if arguments.split != "test" or arguments.eval_size:
+            raise ArgumentError("--submission True answers the whole test split; leave out --split and --eval_size")
+        if not suites_named(arguments):
+            raise ArgumentError(f"--submission True makes a suite's zip, and --task {arguments.task} names no suite")
+    if len(chosen) > 1 and Path(arguments.data_path or ".").is_file():
+        raise ArgumentError(f"--data_path {arguments.data_path} is one file, but --task names {len(chosen)} tasks")
+    if arguments.resume:
+        stored = json.loads((Path(arguments.resume) / "arguments.json").read_text())
+        for name, value in as_dict(arguments).items():
+            if name not in SAME_ON_RESUME and value != stored.get(name):
+                raise ArgumentError(
+                    f"--resume {arguments.resume} has --{name} {stored.get(name)}, not {value}; leave --{name} out"
+                )
+    return chosen
+
+
+def suites_named(arguments: InferenceArguments) -> list[str]:
+    """The suites that `--task` names."""
+    return [name.strip() for name in arguments.task.split(",") if name.strip() in tasks.SUITES]
+
+
+def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
+    """Every task's rows. MissingData names all tasks whose data is missing; a diagnostic set may be left out."""
+    jobs, missing = [], []
+    for task in chosen:
+        place = splits.place(task, arguments.data_path, several=len(chosen) > 1)
+        size = EVALUATED if arguments.eval_size is None else arguments.eval_size
+        try:
+            task = splits.labelled(task, place)
+            if arguments.split == "validation" and not Path(place or ".").is_file():
+                rows, _ = splits.held_out(task, place, size)
+            else:
+                everything = loaders.load(task, arguments.split, data_path=place)
+                unlabelled = any(row["label"] is None for row in everything)
+                keep_all = arguments.submission or (unlabelled and arguments.eval_size is None)
+                rows = splits.choose(task, everything, 0 if keep_all else size)
+        except loaders.MissingData as error:
+            if len(chosen) > 1 and not task.in_suite_score and not arguments.submission:
+                print(f"Left out: {error}")
+            else:
+                missing.append((task, error))
+            continue
+        whole = arguments.split == "test" and len(rows) == len(everything)
+        answering = task.answered_by or next(
+            other.name for other in tasks.TASKS.values() if other.folder == task.folder
+        )
+        model = arguments.train_model_name.replace("{task}", answering.replace("/", "-"))
+        models.adapter_chain(model, arguments.from_local)  # a missing folder is told before hours of work
+        jobs.append(Job(task, rows, whole, place, model))
+    if missing:
+        others = f" (missing: {', '.join(task.name for task, _ in missing)})" if len(missing) > 1 else ""
+        raise loaders.MissingData(f"{missing[0][1]}{others}")
+    return jobs
+
+
+def training_split(arguments: InferenceArguments, task: Task) -> list[dict]:
+    """The labelled rows that a model for the task is trained on. Raises MissingData if there are none."""
+    source = tasks.get(task.answered_by) if task.answered_by else task
+    is_file = Path(arguments.data_path or ".").is_file()
+    return loaders.load(source, "train", data_path=None if is_file else splits.place(source, arguments.data_path))
+
+
+def majority_label(arguments: InferenceArguments, job: Job) -> tuple[int | float, str]:
+    """The most frequent label and where it was counted: in the training split, else in the answered rows."""
+    if job.task.candidates:  # of a question's many candidates most are wrong, in every split
+        return 0, "no candidate"
+    try:
+        return metrics.majority_label(job.task, training_split(arguments, job.task)), "training split"
+    except loaders.MissingData:
+        if not job.labelled:
+            raise
+    return metrics.majority_label(job.task, job.rows), "these rows"
+
+
+def load_engine(arguments: InferenceArguments, name: str) -> Engine:
+    """The model and its tokenizer. Raises ModelError, also for prompts that are longer than the model can read."""
+    tokenizer = models.load_tokenizer(name, arguments.from_local)
+    model = models.load_model(name, arguments.from_local, arguments.load_in_8bit)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and arguments.max_prompt_length + arguments.max_response_length > longest:
+        raise ArgumentError(
+            f"--max_prompt_length {arguments.max_prompt_length} and --max_response_length "
+            f"{arguments.max_response_length} are more than the {longest} tokens that {name} can read; lower them"
+        )
+    engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
+    try:
+        problem = engine.check()
+    except ValueError as error:
+        raise ModelError(f"--train_model_name {name}: {error}") from error
+    if problem:
+        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
+    return engine
+
+
+def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[dict]]:
+    """For every row its demonstrations: none."""
+    return [[]] * len(job.rows)
+
+
+def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Path, method: str, show) -> dict:
+    """Answer one task's rows, write its files and say what came out. Returns its summary."""
+    started = time.perf_counter()
+    task, rows = job.task, job.rows
+    # Looked for before hours of work: only free answers can be invalid, and a leaderboard file has no place for those.
+    needs_majority = job.labelled or (arguments.answer_space == "free" and task.submission)
+    majority, counted_in = majority_label(arguments, job) if needs_majority else (0, "")
+    shots = show(arguments, job, engine.tokenizer)
+    settings = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
+    packed, shortened = predictions.build_prompts(task, rows, engine.tokenizer, shots, **settings)
+    answers = predictions.answer(
+        folder, task, rows, packed, engine, arguments.batch_sentence_num, arguments.seed,
+        answer_space=arguments.answer_space, max_response_length=arguments.max_response_length,
+        use_CoT=arguments.use_CoT, strict_format=arguments.strict_format,
+        temperature=arguments.model_temperature if arguments.do_sample else 0.0,
+    )  # fmt: skip
+    labels, scores = [a.label for a in answers], evaluation.yes_scores(answers)
+    figures = {"invalid_rate": labels.count(None) / len(labels)}
+    more = {"split": arguments.split, "rows": len(rows), "shots": len(shots[0]), "shortened": shortened}
+    print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {arguments.answer_space} answers")
+    if job.labelled:
+        figures = evaluation.score(task, rows, answers)
+        more["intervals"] = metrics.bootstrap_interval(task, rows, labels, scores)
+        more["majority"] = metrics.score(task, rows, [majority] * len(rows))
+        if not task.number:
+            more["confusion"] = metrics.confusion_counts(task, rows, labels).tolist()
+        print(evaluation.results_text(task, figures, more, counted_in))
+    else:
+        print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
+    if task.note:
+        print(f"({task.note})")
+    if shortened:
+        print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
+    if job.whole and task.submission:
+        path = folder / task.submission
+        filled = submission.write_submission(path, task, rows, labels, majority, scores)
+        submission.check_submission(path, task, rows)
+        print(f"Leaderboard file {path}: {filled} of its answers were filled in, as the model gave no valid one.")
+    return runs.write_summary(
+        folder, method, task, replace(arguments, task=task.name, train_model_name=job.model),
+        {"after": figures, "best": figures}, **more,
+        data_hash=runs.data_hash(rows), seconds=round(time.perf_counter() - started, 1),
+    )  # fmt: skip
+
+
+def run(arguments: InferenceArguments, program: str, method: str = "", show: Callable = no_shots) -> None:
+    """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
+    with clear_errors(program):
+        jobs = load_jobs(arguments, check(arguments))
+        engine, loaded = load_engine(arguments, jobs[0].model), jobs[0].model
+        several = arguments.task in tasks.SUITES or len(jobs) > 1
+        name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
+        top = Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, name)
+    print(models.device_line())
+    done: dict[str, dict] = {}
+    try:
+        for job in jobs:
+            folder = top / runs.folder_of(job.task) if several else top
+            folder.mkdir(exist_ok=True)
+            if (folder / "summary.json").exists():
+                done[job.task.name] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+                print(f"{job.task.name} is already done.")
+                continue
+            with clear_errors(program):
+                if job.model != loaded:
+                    engine, loaded = None, job.model  # the old one goes first: two may not fit
+                    engine = load_engine(arguments, job.model)
+                transformers.set_seed(arguments.seed)
+                trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
+                own = method or ("trained" if trained else "zero-shot")
+                done[job.task.name] = run_job(arguments, job, engine, folder, own, show)
+    except KeyboardInterrupt:
+        raise SystemExit(f"{program}: interrupted; go on with: --resume {top}") from None
+    finish(arguments, jobs, top, done, several)
+
+
+def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict[str, dict], several: bool) -> None:
+    """The suites' scores and zips, the dashboard, and where everything lies."""
+    figures = {
+        f"eval/{name}/{metric}" if several else f"eval/{metric}": value
+        for name, summary in done.items()
+        for metric, value in summary["metrics"]["after"].items()
+    }
+    for suite in tasks.SUITES:
+        counted = {task.name for task in tasks.suite(suite) if task.in_suite_score}
+        if counted <= {name for name, summary in done.items() if "score" in summary["metrics"]["after"]}:
+            scores = {name: summary["metrics"]["after"] for name, summary in done.items() if name in counted}
+            figures[f"eval/{suite}/score"] = score = metrics.suite_score(suite, scores)
+            kept = {"suite": suite, "score": score, "tasks": scores, "model": arguments.train_model_name}
+            runs.write_json(top / f"{suite}.json", kept)
+            print(f"\n{suite} score: {100 * score:.1f} (mean over {suite}'s tasks, diagnostic sets not counted)")
+        if arguments.submission and suite in suites_named(arguments):
+            files = [top / runs.folder_of(job.task) / job.task.submission for job in jobs if job.task.suite == suite]
+            submission.write_suite_zip(top / f"{suite}.zip", suite, files)
+            print(f"\n{suite} leaderboard zip, complete and checked: {top / suite}.zip")
+    if not several:
+        top_words = "predictions.jsonl (every prompt and answer) and summary.json"
+    else:
+        top_words = "for each task predictions.jsonl (every prompt and answer) and summary.json"
+    print(f"\n{top} holds {top_words}.")
+    tracking.log_figures(arguments.report_to, top, as_dict(arguments), figures)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(parse(InferenceArguments, __doc__.splitlines()[0], argv), "inference.py")
+
+
+if __name__ == "__main__":
+    main()

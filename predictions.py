@@ -1,0 +1,106 @@
+"""A run's predictions: prompts built for many rows, answered in batches that are saved as they come, and read back."""
+
+import json
+import os
+from array import array
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+import evaluation
+import prompts
+import rewards
+from arguments import ArgumentError
+from engine import Engine
+from evaluation import Prediction
+from tasks import Task
+
+FILE = "predictions.jsonl"
+UNFINISHED = f".{FILE}"  # the same file while batches are still added to it
+PROMPTS_AT_ONCE = 1000
+
+
+def build_prompts(
+    task: Task, rows: list[dict], tokenizer, shots: list[list[dict]], use_CoT: bool, max_prompt_length: int
+) -> tuple[list[array], int]:
+    """Every row's prompt with its demonstrations, and how many prompts lost text. PromptError if one cannot fit.
+
+    The token ids are packed: as Python integers those of some 400,000 rows would take gigabytes.
+    """
+    packed: list[array] = []
+    shortened = 0
+    while len(packed) < len(rows):
+        start = end = len(packed)
+        while end < min(start + PROMPTS_AT_ONCE, len(rows)) and shots[end] is shots[start]:
+            end += 1
+        built, cut = prompts.build_all(task, rows[start:end], tokenizer, use_CoT, max_prompt_length, shots[start])
+        packed += [array("i", ids) for ids in built]
+        shortened += cut
+    return packed, shortened
+
+
+def answer(
+    folder: Path, task: Task, rows: list[dict], packed: list[array], engine: Engine, batch: int, seed: int, **how
+) -> list[Prediction]:
+    """The answers to all prompts, also written to predictions.jsonl, which is there only when it is whole.
+
+    What an interrupted run left is kept, in whole batches of `batch` rows, and not computed again; each batch has a
+    random stream of its own. `how` goes to evaluation.predict. ArgumentError if the folder's answers are to other rows.
+    """
+    final, unfinished = folder / FILE, folder / UNFINISHED
+    if final.exists():
+        return [prediction for prediction, _ in read(final, task, rows)]
+    known = read(unfinished, task, rows) if unfinished.exists() else []
+    if len(known) < len(rows):
+        known = known[: len(known) // batch * batch]
+    answers = [prediction for prediction, _ in known]
+    with (
+        tqdm(total=len(rows), initial=len(known), unit="row", desc=task.name, dynamic_ncols=True) as bar,
+        open(unfinished, "ab") as file,
+    ):
+        file.truncate(sum(len(line.encode()) + 1 for _, line in known))
+        for start in range(len(known), len(rows), batch):
+            ids = [list(prompt) for prompt in packed[start : start + batch]]
+            found = evaluation.predict(engine, task, ids, seed=seed + start, **how)
+            texts = engine.tokenizer.batch_decode(ids)
+            lines = [as_line(task, *parts) for parts in zip(rows[start : start + batch], texts, found)]
+            file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+            answers += found
+            bar.update(len(found))
+    os.replace(unfinished, final)
+    return answers
+
+
+def as_line(task: Task, row: dict, prompt: str, prediction: Prediction) -> dict:
+    """What predictions.jsonl holds of one row. Labels stand under their names; null: the answer does not parse."""
+    line = {"id": row["id"], "prompt": prompt, "answer": prediction.text, "label": named(task, prediction.label)}
+    line |= {"gold": named(task, row["label"])}
+    if row["label"] is not None:
+        line["correct"] = rewards.is_correct(task, prediction.label, row["label"])
+    return line | ({} if prediction.yes is None else {"probability_of_last_label": prediction.yes})
+
+
+def named(task: Task, label: int | float | None) -> str | float | None:
+    """A label as people read it: the class's name, or the number."""
+    return label if label is None or task.number else task.labels[label]
+
+
+def read(path: Path, task: Task, rows: list[dict]) -> list[tuple[Prediction, str]]:
+    """The predictions in a file and their lines, in the order of the rows; a last line that was cut off is left out.
+
+    ArgumentError if they are not about these rows.
+    """
+    known = []
+    for line, row in zip(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], rows):
+        entry = json.loads(line)
+        if entry["id"] != row["id"] or entry["gold"] != named(task, row["label"]):
+            raise ArgumentError(
+                f"{path} answers row {entry['id']} where the data has row {row['id']}: the data changed"
+            )
+        label = entry["label"]
+        if label is not None and not task.number:
+            label = task.labels.index(label)
+        known.append((Prediction(entry["answer"], label, entry.get("probability_of_last_label")), line))
+    return known

@@ -1,0 +1,113 @@
+"""Which rows of a task are trained on, and which are held out or answered. The same for all four scripts."""
+
+import random
+from pathlib import Path
+
+import loaders
+import metrics
+import tasks
+from loaders import DataError, MissingData
+from tasks import Task
+
+
+def place(task: Task, data_path: str, several: bool = False) -> str | None:
+    """What `loaders.load` takes as data_path, from `--data_path`; None if that is empty.
+
+    A folder is the task's own, or holds the tasks' folders as data/ (GLUE/RTE) or data/GLUE (RTE) do. With `several`
+    tasks it cannot be one task's own.
+    """
+    if not data_path:
+        return None
+    folder = Path(data_path)
+    for inside in (folder / task.folder, folder / Path(task.folder).name):
+        if inside.is_dir():
+            return str(inside)
+    return str(folder / task.folder if several else folder)
+
+
+def choose(task: Task, rows: list[dict], size: int) -> list[dict]:
+    """`size` of the rows (0: all), always the same ones, in their order. Rows that are scored as one stay together."""
+    if not size or size >= len(rows):
+        return rows
+    order = list(range(len(rows)))
+    random.Random(1).shuffle(order)
+    unit = metrics.units(task, rows)
+    kept = {unit[i] for i in order[:size]}
+    return [row for row, number in zip(rows, unit) if number in kept]
+
+
+def labelled(task: Task, data_path: str | None) -> Task:
+    """The task with its label set, which for some is read from the training data (see loaders.with_labels)."""
+    if task.labels or task.number:
+        return task
+    is_file = data_path is not None and Path(data_path).is_file()
+    try:
+        rows = loaders.load(task, "train", data_path=None if is_file else data_path)
+    except MissingData:
+        if not is_file:
+            raise
+        rows = loaders.load(task, "train", data_path=data_path)
+        print(f"No training split of {task.name} found: the labels are those of {data_path}.")
+    return loaders.with_labels(task, rows)
+
+
+def held_out(task: Task, data_path: str | None, size: int) -> tuple[list[dict], int]:
+    """Labelled rows to evaluate on, `size` of the validation split (0: all), and how many rows at the end of the
+    training split they are.
+
+    That number is 0 where there is a validation split. Where there is none, the last rows of the training split (at
+    most a fifth) are held out instead, and must not be trained on.
+    """
+    is_file = data_path is not None and Path(data_path).is_file()
+    try:
+        rows = loaders.load(task, "validation", data_path=None if is_file else data_path)
+        return choose(task, rows, size), 0
+    except MissingData as error:
+        try:
+            train = loaders.load(task, "train", data_path=data_path)
+        except MissingData:
+            raise error from None
+    end = min(size or len(train), len(train) // 5)
+    if not end:
+        raise DataError(f"{task.name} has no validation split, and {len(train)} training rows are too few to hold out")
+    print(f"No validation split of {task.name} found: the last {end} training rows are held out instead.")
+    return train[-end:], end
+
+
+def train_and_held_out(task: Task, data_path: str | None, size: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and rows to evaluate on (the same ones whatever the seed). DataError if one has no label.
+
+    `data_path` a file of its own is trained on; the held-out rows are then the validation split, or the file's end.
+    """
+    train = loaders.load(task, "train", data_path=data_path)
+    evaluated, end = held_out(task, data_path, size)
+    train = train[: len(train) - end]
+    unlabelled = next((row for row in [*train, *evaluated] if row["label"] is None), None)
+    if unlabelled is not None:
+        raise DataError(f"row {unlabelled['id']} of {task.name} has no label; training and evaluation need labels")
+    return loaders.training_rows(task, train, seed), evaluated
+
+
+def found_below(root: str | Path) -> list[tuple[Task, str]]:
+    """Every task whose training file lies below a folder, with the folder of its files.
+
+    The folder is laid out as data/ (GLUE/RTE/train.tsv) or as data/GLUE (RTE/train.tsv). Tasks that share their
+    training file (MNLI-m, MNLI-mm) are one.
+    """
+    places = {task.name: Path(place(task, str(root), several=True)) for task in tasks.TASKS.values()}
+    found = [task for task in tasks.TASKS.values() if any((places[task.name] / f).is_file() for f in files(task))]
+    return [(task, str(places[task.name])) for task in sharing_training_file(found)]
+
+
+def files(task: Task) -> tuple[str, ...]:
+    """The names that the task's training file may have; none for a task that another task's model answers."""
+    return () if task.answered_by else task.files.get("train", ())
+
+
+def sharing_training_file(several: list[Task]) -> list[Task]:
+    """The first of the tasks that share a training file (MNLI-m, MNLI-mm), and none that has no training file."""
+    first: dict = {}
+    for task in several:
+        if files(task) or task.wheel:
+            first.setdefault((task.folder, files(task)), task)
+    return list(first.values())

@@ -1,0 +1,88 @@
+"""Tiny random models and a tokenizer of a few words, for every test that needs a network but not its knowledge."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from models import lora_config
+
+torch.set_num_threads(1)  # more only cost time on models of this size
+
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+WORDS = (
+    "no", "yes", "maybe", "not", "at", "all", "very", "good", "bad", "red", "blue", "Text:", "Answer:",
+    *(f"w{i}" for i in range(32)),
+)  # fmt: skip
+VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+PAD, EOS = VOCABULARY["<pad>"], VOCABULARY["<eos>"]
+SIZE = len(VOCABULARY)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, words between spaces."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=512
+    )
+
+
+# Large weights: every token of a prompt must matter to its answer, or a wrong mask would not show.
+BASE = dict(vocab_size=SIZE, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None, tie_word_embeddings=False)
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.3)
+GPT2_SIZES = dict(
+    n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+)
+
+
+def tiny_model(kind: str = "llama", seed: int = 0, **changes) -> torch.nn.Module:
+    """A random causal language model with two layers, in float32 and eval mode, the same for the same seed."""
+    torch.manual_seed(seed)
+    if kind == "llama":  # with grouped keys and values
+        model = LlamaForCausalLM(LlamaConfig(**{**BASE, **SIZES, "num_key_value_heads": 2, **changes}))
+    elif kind == "qwen2":  # biases on queries, keys and values
+        model = Qwen2ForCausalLM(Qwen2Config(**{**BASE, **SIZES, "num_key_value_heads": 2, **changes}))
+    elif kind == "neox":  # attention beside the feed-forward layer, rotation of a quarter
+        dropout = dict(attention_dropout=0.0, hidden_dropout=0.0)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**BASE, **SIZES, **dropout, "rotary_pct": 0.5, **changes}))
+    elif kind == "gpt2":  # learned positions
+        model = GPT2LMHeadModel(GPT2Config(**{**BASE, **GPT2_SIZES, **changes}))
+    else:  # "mpt": positions by ALiBi, which has no position ids
+        sizes = dict(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=128)
+        model = MptForCausalLM(MptConfig(**{**BASE, **sizes, "initializer_range": 0.3, **changes}))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
+    return model.eval()
+
+
+def with_lora(model: torch.nn.Module, seed: int = 1, zero: bool = False, **changes) -> torch.nn.Module:
+    """`model` with an adapter on every linear layer; not at its start (where it does nothing) unless `zero`."""
+    torch.manual_seed(seed)
+    model = get_peft_model(model, lora_config(**{"r": 4, "lora_alpha": 8, **changes}))
+    if not zero:
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()

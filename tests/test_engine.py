@@ -1,0 +1,531 @@
+"""The engine against the plain forward of transformers: states, gradients, answers, and the trie of labels."""
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_lora
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from engine import MASKED, Answer, Engine, LabelTrie, Tree, common_prefix, micro_batches
+
+KINDS = ["llama", "qwen2", "neox", "gpt2"]
+
+
+def tokens(text: str) -> list[int]:
+    return [VOCABULARY[word] for word in text.split()]
+
+
+PREFIX = tokens("Text: w0 w1 w2 w3 w4 w5")
+ENDS = ["w6 w7 Answer:", "w8 Answer:", "w9 w10 w11 w12 w13 Answer:", "w6 w8 Answer:", "w31 Answer:"]
+PROMPTS = {
+    "prefix": [PREFIX + tokens(end) for end in ENDS],
+    "no prefix": [tokens(f"w{i} {end}") for i, end in enumerate(ENDS)],
+    "one row": [PREFIX + tokens(ENDS[0])],
+    "equal rows": [PREFIX, PREFIX, PREFIX],
+    "one token": [[7], [9]],
+    "prefix of another": [PREFIX, PREFIX + tokens("w6"), PREFIX + tokens("w6 w7")],
+}
+
+
+def branched() -> Tree:
+    """0
+    (w20)  1    2 (w21)
+    (w22) 3 4 (w23)   5 (w22) - 6 (w24)"""
+    return Tree([-1, *tokens("w20 w21 w22 w23 w22 w24")], [-1, 0, 0, 1, 1, 2, 5], [0, 1, 1, 2, 2, 2, 3])
+
+
+def chain() -> Tree:
+    return Tree([-1, *tokens("w25 w26")], [-1, 0, 1], [0, 1, 2])
+
+
+def trees_for(prompts: list) -> list[Tree]:
+    """Trees of unequal size, that of a prompt alone too."""
+    kinds = (branched, Tree, chain)
+    return [kinds[i % 3]() for i in range(len(prompts))]
+
+
+def plain_logits(model, prompts: list[list[int]], trees: list[Tree]) -> list[torch.Tensor]:
+    """(nodes, vocabulary) logits per prompt from one padded batch with a row of its own for every node."""
+    rows = [prompt + tree.path(node) for prompt, tree in zip(prompts, trees) for node in range(len(tree))]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    last = logits[torch.arange(len(rows)), mask.sum(1) - 1]
+    return list(last.split([len(tree) for tree in trees]))
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.detach() - expected.detach()).norm() / expected.detach().norm())
+
+
+def never(text: str) -> bool:
+    return False
+
+
+# ------------------------------------------------------------------------------------------------- states, gradients
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_equal_the_plain_forward(kind, case, tokenizer):
+    model, prompts = with_lora(tiny_model(kind)), PROMPTS[case]
+    trees = trees_for(prompts)
+    expected = plain_logits(model, prompts, trees)
+    for budget in (1, 40, 10_000):
+        engine = Engine(model, tokenizer, budget)
+        states = engine.states(prompts, trees)
+        assert [len(s) for s in states] == [len(t) for t in trees]
+        for state, logits in zip(states, expected):
+            assert error(engine.logits(state), logits) < 1e-4
+            some = [4, 1, 30]
+            assert error(engine.logits(state, some), logits[:, some]) < 1e-4
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_the_plain_forward(kind, case, tokenizer):
+    model, prompts = with_lora(tiny_model(kind)), PROMPTS[case]
+    trees = trees_for(prompts)
+    torch.manual_seed(3)
+    weights = [torch.randn(len(tree), SIZE) for tree in trees]
+
+    def gradients() -> torch.Tensor:
+        found = [p.grad.flatten().clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return torch.cat(found)
+
+    log_probs = [torch.log_softmax(logits, -1) for logits in plain_logits(model, prompts, trees)]
+    sum((w * lp).sum() for w, lp in zip(weights, log_probs)).backward()
+    expected = gradients()
+    for budget in (1, 40, 10_000):
+        engine, seen = Engine(model, tokenizer, budget), []
+        for rows, states in engine.training_batches(prompts, trees):
+            seen += rows
+            # What pads a smaller tree must not send a gradient: it has no weight here, as in the trainer.
+            loss = sum(
+                (weights[i] * torch.log_softmax(engine.logits(state[: len(trees[i])]), -1)).sum()
+                for i, state in zip(rows, states)
+            )
+            loss.backward()
+        assert sorted(seen) == list(range(len(prompts)))
+        assert error(gradients(), expected) < 1e-4
+
+
+def test_full_weights_get_the_same_gradients_too(tokenizer):
+    model, prompts = tiny_model(), PROMPTS["prefix"]
+    trees = trees_for(prompts)
+    sum(torch.log_softmax(x, -1)[:, 3].sum() for x in plain_logits(model, prompts, trees)).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    engine = Engine(model, tokenizer, 30)
+    for rows, states in engine.training_batches(prompts, trees):
+        sum(
+            torch.log_softmax(engine.logits(s[: len(trees[i])]), -1)[:, 3].sum() for i, s in zip(rows, states)
+        ).backward()
+    assert error(torch.cat([p.grad.flatten() for p in model.parameters()]), expected) < 1e-4
+
+
+def test_the_prefix_is_pushed_through_the_network_once(tokenizer):
+    engine, prompts = Engine(tiny_model(), tokenizer, 1), PROMPTS["prefix"]
+    engine.states(prompts, [Tree() for _ in prompts])
+    assert engine.tokens_computed == len(PREFIX) + sum(len(p) - len(PREFIX) for p in prompts)
+    before = engine.tokens_computed
+    for _, states in engine.training_batches(prompts, [Tree() for _ in prompts]):
+        states.sum().backward()
+    assert engine.tokens_computed == 2 * before
+
+
+def test_a_branched_tree_takes_less_than_its_paths(tokenizer):
+    engine, prompts = Engine(tiny_model(), tokenizer, 10_000), PROMPTS["prefix"]
+    engine.states(prompts[:1], [branched()])
+    assert engine.tokens_computed == len(prompts[0]) + 6
+
+
+def test_the_reference_is_the_model_without_its_adapter(tokenizer):
+    model, prompts = with_lora(tiny_model()), PROMPTS["prefix"]
+    trees = trees_for(prompts)
+    engine = Engine(model, tokenizer)
+    with model.disable_adapter():
+        expected = plain_logits(model, prompts, trees)
+    for state, logits in zip(engine.states(prompts, trees, reference=True), expected):
+        assert error(engine.logits(state), logits) < 1e-4
+    computed = engine.tokens_computed
+    # Another batch with a shorter prefix, and an adapter that has moved on: the prefix that is kept still serves.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    other = [PREFIX[:5] + tokens("w30 Answer:"), PREFIX[:5] + tokens("w29 w28 Answer:")]
+    other_trees = [chain(), Tree()]
+    with model.disable_adapter():
+        expected = plain_logits(model, other, other_trees)
+    for state, logits in zip(engine.states(other, other_trees, reference=True), expected):
+        assert error(engine.logits(state), logits) < 1e-4
+    assert engine.tokens_computed - computed == 2 * (3 + 2)  # two rows, padded to three tokens, and two nodes
+    # A prompt with another beginning does not take it.
+    with model.disable_adapter():
+        expected = plain_logits(model, PROMPTS["no prefix"], trees)
+    for state, logits in zip(engine.states(PROMPTS["no prefix"], trees, reference=True), expected):
+        assert error(engine.logits(state), logits) < 1e-4
+    # And the policy has not been mixed up with it.
+    for state, logits in zip(engine.states(prompts, trees), plain_logits(model, prompts, trees)):
+        assert error(engine.logits(state), logits) < 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_answers_equal_those_of_transformers(kind, case, tokenizer):
+    model, prompts = with_lora(tiny_model(kind)), PROMPTS[case]
+    trees, answers, states = Engine(model, tokenizer).generate(prompts, never, 8)
+    for prompt, tree, (answer,), state in zip(prompts, trees, answers, states):
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=PAD
+        )
+        assert answer.tokens == output[0, len(prompt) :].tolist()
+        assert answer.ended == (answer.tokens[-1] == EOS)
+        assert answer.text == tokenizer.decode([t for t in answer.tokens if t != EOS])
+        assert [tree.path(node) for node in answer.nodes] == [answer.tokens[:t] for t in range(len(answer.tokens))]
+        assert len(state) == len(tree)
+
+
+def test_generation_ends_at_end_of_sequence_and_the_rest_goes_on(tokenizer):
+    """Rows leave the batch at different steps, whoever stands beside them."""
+    model, prompts = tiny_model(seed=4), [PREFIX + tokens(f"w{i} Answer:") for i in range(12)]
+    with torch.no_grad():  # end-of-sequence is about as probable as any other token
+        model.lm_head.weight[EOS] *= 1.6
+    _, answers, _ = Engine(model, tokenizer).generate(prompts, never, 12)
+    lengths = {len(a.tokens) for (a,) in answers}
+    assert any(a.ended for (a,) in answers) and len(lengths) > 2
+    for prompt, (answer,) in zip(prompts, answers):
+        output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
+        assert answer.tokens == output
+
+
+def test_the_stop_rule_sees_the_text_and_ends_the_answer(tokenizer):
+    engine, prompts = Engine(tiny_model(), tokenizer), PROMPTS["prefix"]
+    _, free, _ = engine.generate(prompts, never, 6)
+    wanted = free[0][0].text.split()[2]
+    seen = []
+
+    def stop(text: str) -> bool:
+        seen.append(text)
+        return wanted in text.split()
+
+    _, answers, _ = engine.generate(prompts, stop, 6)
+    assert answers[0][0].ended and answers[0][0].text.split()[-1] == wanted and len(answers[0][0].tokens) <= 3
+    assert free[0][0].text.startswith(answers[0][0].text)
+    assert answers[0][0].text in seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_generation_are_those_of_its_trees(kind, tokenizer):
+    """Sampling with several answers per prompt: what the cache gave equals a forward over the finished trees."""
+    engine, prompts = Engine(with_lora(tiny_model(kind)), tokenizer), PROMPTS["prefix"]
+    generator = torch.Generator().manual_seed(0)
+    trees, answers, states = engine.generate(prompts, never, 5, 6, 1.0, generator)
+    assert any(len(tree) > 6 for tree in trees)
+    for tree, group in zip(trees, answers):
+        for answer in group:
+            assert [tree.path(node) for node in answer.nodes] == [answer.tokens[:t] for t in range(len(answer.tokens))]
+            assert len(answer.tokens) == 5 or answer.ended
+    for found, expected in zip(states, engine.states(prompts, trees)):
+        assert error(found, expected) < 1e-4
+
+
+def answers_of(engine, prompts, **settings) -> list[list[list[int]]]:
+    settings = {"stop": never, "max_new_tokens": 6, **settings}
+    return [[answer.tokens for answer in group] for group in engine.generate(prompts, **settings)[1]]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mpt"])
+def test_a_batch_of_one_answers_as_a_batch_of_many(kind, tokenizer):
+    model = tiny_model(kind)
+    engine = Engine(model, tokenizer)
+    engine.check()
+    prompts = PROMPTS["prefix"] + PROMPTS["no prefix"]
+    together = answers_of(engine, prompts)
+    assert together == [answers_of(engine, [prompt])[0] for prompt in prompts]
+    assert [[one] * 3 for (one,) in together] == answers_of(engine, prompts, samples=3)
+
+
+def test_what_is_sampled_does_not_depend_on_micro_batches(tokenizer):
+    model, prompts = tiny_model(), PROMPTS["prefix"] + PROMPTS["no prefix"]
+
+    def sample(budget: int, seed: int = 0) -> list:
+        generator = torch.Generator().manual_seed(seed)
+        return answers_of(Engine(model, tokenizer, budget), prompts, samples=4, temperature=1.0, generator=generator)
+
+    assert sample(1) == sample(30) == sample(10_000)
+    assert sample(1) != sample(1, seed=1)
+
+
+def test_samples_follow_the_distribution(tokenizer):
+    model, prompt = tiny_model(), PROMPTS["prefix"][0]
+    engine, temperature, count = Engine(model, tokenizer), 2.0, 4000
+    found = answers_of(
+        engine,
+        [prompt],
+        max_new_tokens=1,
+        samples=count,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+    )
+    shares = torch.bincount(torch.tensor([tokens[0] for tokens in found[0]]), minlength=SIZE) / count
+    expected = torch.softmax(plain_logits(model, [prompt], [Tree()])[0][0] / temperature, -1)
+    assert float((shares - expected).abs().max()) < 4 * math.sqrt(0.25 / count)
+
+
+# ------------------------------------------------------------------------------------------------------ the fallback
+
+
+def ignoring_positions(model):
+    """A model that takes position ids and does not use them, as some remote code does."""
+    forward = model.model.forward
+    model.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_finds_nothing_where_the_shared_prefix_fits(kind, tokenizer):
+    engine = Engine(with_lora(tiny_model(kind)), tokenizer)
+    assert engine.check() is None and not engine.plain
+
+
+@pytest.mark.parametrize("kind", ["mpt", "patched"])
+def test_check_falls_back_to_the_plain_forward(kind, tokenizer):
+    model = ignoring_positions(tiny_model()) if kind == "patched" else tiny_model("mpt")
+    model = with_lora(model)
+    engine, prompts = Engine(model, tokenizer, 30), PROMPTS["prefix"] + PROMPTS["no prefix"]
+    reason = engine.check()
+    assert reason and "\n" not in reason and engine.plain
+    trees = trees_for(prompts)
+    expected = plain_logits(model, prompts, trees)
+    for state, logits in zip(engine.states(prompts, trees), expected):
+        assert error(engine.logits(state), logits) < 1e-4
+    with model.disable_adapter():
+        reference = plain_logits(model, prompts, trees)
+    for state, logits in zip(engine.states(prompts, trees, reference=True), reference):
+        assert error(engine.logits(state), logits) < 1e-4
+    # gradients
+    weighted = [torch.log_softmax(logits, -1)[:, 5:9] for logits in expected]
+    sum(x.square().sum() for x in weighted).backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    for rows, states in engine.training_batches(prompts, trees):
+        part = [torch.log_softmax(engine.logits(s[: len(trees[i])]), -1)[:, 5:9] for i, s in zip(rows, states)]
+        sum(x.square().sum() for x in part).backward()
+    assert error(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), wanted) < 1e-4
+    # generation
+    for prompt, (found,) in zip(prompts, answers_of(engine, prompts)):
+        sequence = list(prompt)
+        for _ in range(6):
+            sequence.append(int(plain_logits(model, [sequence], [Tree()])[0][0].argmax()))
+            if sequence[-1] == EOS:
+                break
+        assert found == sequence[len(prompt) :]
+    trees, answers, states = engine.generate(prompts, never, 4, 3, 1.0, torch.Generator().manual_seed(0))
+    for found, logits in zip(states, plain_logits(model, prompts, trees)):
+        assert error(engine.logits(found), logits) < 1e-4
+
+
+def test_check_refuses_a_model_that_changes_its_logits(tokenizer):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+    model = Gemma2ForCausalLM(Gemma2Config(**BASE, **sizes, final_logit_softcapping=2.0)).eval()
+    with pytest.raises(ValueError, match="changes its logits"):
+        Engine(model, tokenizer).check()
+
+
+# --------------------------------------------------------------------------------------------------------- the labels
+
+LABELS = {
+    "one token": ["no", "yes", "maybe"],
+    "prefix of another": ["not", "not at all", "yes"],
+    "shared beginnings": ["very good", "very bad", "good", "not at all good", "not at all bad"],
+    "forced ends": ["no w0 w1", "yes w2 w3 w4"],
+}
+
+
+def brute_force(model, prompt: list[int], spellings: list[list[int]], temperature: float) -> list[float]:
+    """Log-probability of every label: at each token all that no label goes on with is ruled out."""
+    closed = [[*spelling, EOS] for spelling in spellings]
+    totals = []
+    for spelling in closed:
+        total = 0.0
+        for t, token in enumerate(spelling):
+            allowed = sorted({other[t] for other in closed if len(other) > t and other[:t] == spelling[:t]})
+            logits = model(torch.tensor([prompt + spelling[:t]])).logits[0, -1, allowed] / temperature
+            total += float(torch.log_softmax(logits, -1)[allowed.index(token)])
+        totals.append(total)
+    return totals
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("case", LABELS)
+@torch.no_grad()
+def test_label_probabilities_against_enumeration(case, temperature, tokenizer):
+    model, prompts = with_lora(tiny_model()), PROMPTS["prefix"]
+    spellings = [tokens(words) for words in LABELS[case]]
+    trie = LabelTrie(spellings, EOS)
+    engine = Engine(model, tokenizer, 60)
+    states = torch.stack(engine.states(prompts, [trie.tree] * len(prompts)))
+    log_probs = trie.log_probs(engine.logits(states, trie.vocabulary), temperature)
+    labels = trie.label_log_probs(log_probs)
+    assert torch.allclose(labels.exp().sum(-1), torch.ones(len(prompts)), atol=1e-5)
+    for row, prompt in zip(labels, prompts):
+        assert torch.allclose(row, torch.tensor(brute_force(model, prompt, spellings, temperature)), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_only_decisions_are_nodes(case):
+    spellings = [tokens(words) for words in LABELS[case]]
+    trie = LabelTrie(spellings, EOS)
+    allowed = (trie.mask == 0).sum(-1)
+    assert set(trie.mask.unique().tolist()) <= {0.0, MASKED}
+    # A node where nothing is chosen is there only because a decision comes after it.
+    inner = set(trie.tree.parents)
+    assert all(count >= 2 or node in inner for node, count in enumerate(allowed.tolist()))
+    for path, spelling in zip(trie.paths, spellings):
+        for node, column in path:
+            depth = trie.tree.depths[node]
+            assert allowed[node] >= 2 and trie.mask[node, column] == 0
+            assert trie.tree.path(node) == spelling[:depth]
+            assert trie.vocabulary[column] == [*spelling, EOS][depth]
+
+
+def test_forced_tokens_have_no_node():
+    assert len(LabelTrie([tokens("no w0 w1"), tokens("yes w2 w3 w4")], EOS).tree) == 1
+    assert len(LabelTrie([tokens("no"), tokens("yes"), tokens("maybe")], EOS).tree) == 1
+    trie = LabelTrie([tokens("not"), tokens("not at all")], EOS)
+    assert len(trie.tree) == 2 and trie.vocabulary == sorted([EOS, *tokens("at")])  # "not" is forced, then a choice
+
+
+def test_two_labels_cannot_be_spelled_alike():
+    for spellings in ([tokens("no"), tokens("no")], [tokens("no"), []]):
+        with pytest.raises(ValueError, match="spelling"):
+            LabelTrie(spellings, EOS)
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_choosing_a_label(case):
+    spellings = [tokens(words) for words in LABELS[case]]
+    trie = LabelTrie(spellings, EOS)
+    torch.manual_seed(1)
+    log_probs = trie.log_probs(torch.randn(len(trie.tree), len(trie.vocabulary)))
+    label, path = trie.choose(log_probs, None)
+    assert path == trie.paths[label]
+    assert all(log_probs[node, column] == log_probs[node].max() for node, column in path)
+    generator, counts, count = torch.Generator().manual_seed(0), torch.zeros(len(spellings)), 2000
+    for _ in range(count):
+        label, path = trie.choose(log_probs, generator)
+        assert path == trie.paths[label]
+        counts[label] += 1
+    expected = trie.label_log_probs(log_probs[None])[0].exp()
+    assert float((counts / count - expected).abs().max()) < 4 * math.sqrt(0.25 / count)
+
+
+@pytest.mark.parametrize("case", LABELS)
+@torch.no_grad()
+def test_the_full_tree_scores_whole_spellings(case, tokenizer):
+    model, prompts = tiny_model(), PROMPTS["prefix"]
+    spellings = [tokens(words) for words in LABELS[case]]
+    tree, steps = LabelTrie(spellings, EOS).full_tree()
+    assert [[token for _, token in path] for path in steps] == spellings
+    engine = Engine(model, tokenizer)
+    for prompt, states in zip(prompts, engine.states(prompts, [tree] * len(prompts))):
+        log_probs = torch.log_softmax(engine.logits(states), -1)
+        for spelling, path in zip(spellings, steps):
+            plain = torch.log_softmax(model(torch.tensor([prompt + spelling])).logits[0], -1)
+            expected = sum(plain[len(prompt) - 1 + t, token] for t, token in enumerate(spelling))
+            assert float(sum(log_probs[node, token] for node, token in path)) == pytest.approx(
+                float(expected), abs=1e-4
+            )
+
+
+# ---------------------------------------------------------------------------------------- free analysis, masked label
+
+
+@pytest.mark.parametrize("kind", ["llama", "mpt"])
+def test_a_judgement_after_a_free_analysis(kind, tokenizer):
+    model, prompts = with_lora(tiny_model(kind)), PROMPTS["prefix"]
+    engine = Engine(model, tokenizer, 60)
+    engine.check()
+    words = ("no", "not at all", "yes")
+    spellings = [tokens(word) for word in words]
+    trie = LabelTrie(spellings, EOS)
+    generator = torch.Generator().manual_seed(0)
+    trees, answers, _ = engine.generate(prompts, lambda text: "w9" in text, 5, 8, 3.0, generator)
+    analyses = [[(a.text, list(a.tokens), a.ended) for a in group] for group in answers]
+    link = tokens("Answer: w30")
+    states = engine.judge(prompts, trees, answers, trie, words, lambda a: (link, " Answer: w30 "), 1.0, generator)
+    plain = plain_logits(model, prompts, trees)
+    ends = set()
+    for tree, group, before, state, logits in zip(trees, answers, analyses, states, plain):
+        assert error(engine.logits(state), logits) < 1e-4
+        for answer, (text, analysis, _) in zip(group, before):
+            ends.add(analysis[-1] == EOS)
+            free = [t for t in analysis if t != EOS]
+            decisions = answer.tokens[len(analysis) :]
+            assert answer.text == text + " Answer: w30 " + words[answer.label] and answer.ended
+            # What was free stays free; where the label is chosen only the labels' tokens are allowed.
+            assert not any(node in tree.allowed for node in answer.nodes[: len(analysis)])
+            assert len(decisions) == len(trie.paths[answer.label])
+            for node, token, (inner, column) in zip(answer.nodes[len(analysis) :], decisions, trie.paths[answer.label]):
+                assert tree.path(node) == free + link + trie.tree.path(inner)
+                assert token == trie.vocabulary[column] and token in tree.allowed[node]
+                allowed = {s[len(trie.tree.path(inner))] for s in ([*s, EOS] for s in spellings)
+                           if s[: len(trie.tree.path(inner))] == trie.tree.path(inner)}  # fmt: skip
+                assert set(tree.allowed[node]) == allowed
+    assert ends == {True, False}  # answers that ended themselves, and answers that were cut off
+
+
+# -------------------------------------------------------------------------------------------------------- small parts
+
+
+def test_a_tree_finds_its_children_again():
+    tree = Tree()
+    a = tree.child(0, 5)
+    assert tree.child(0, 5) == a and tree.child(a, 5) != a
+    assert tree.path(tree.child(a, 5)) == [5, 5] and tree.path(0) == []
+    assert branched().child(2, tokens("w22")[0]) == 5
+
+
+def test_common_prefix():
+    assert common_prefix([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3]]) == 2  # one token of every prompt stays outside
+    assert common_prefix([[1, 2, 3, 4], [1, 2, 5], [1, 2, 4, 4]]) == 2
+    assert common_prefix([[1], [2]]) == common_prefix([[1]]) == common_prefix([[2, 1], [1, 1]]) == 0
+    assert common_prefix([[1, 2, 3]]) == 2
+    draw = random.Random(0)
+    for _ in range(300):
+        rows = [[draw.randint(1, 2) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 5))]
+        length = 0
+        while length < min(map(len, rows)) - 1 and len({row[length] for row in rows}) == 1:
+            length += 1
+        assert common_prefix(rows) == length
+
+
+def test_micro_batches():
+    assert micro_batches([3, 10, 4, 4], 8) == [[1], [2, 3], [0]]
+    assert micro_batches([50, 60], 10) == [[1], [0]]  # a row that is too long is a micro-batch of its own
+    assert micro_batches([], 10) == []
+    draw = random.Random(0)
+    for _ in range(300):
+        lengths = [draw.randint(1, 40) for _ in range(draw.randint(1, 20))]
+        budget = draw.randint(1, 120)
+        batches = micro_batches(lengths, budget)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
+        ordered = [lengths[i] for batch in batches for i in batch]
+        assert all(a >= b for a, b in pairwise(ordered))
+
+
+def test_answers_are_plain_data():
+    assert Answer([1], [0], True, "no").label is None

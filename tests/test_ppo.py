@@ -1,0 +1,524 @@
+"""ppo.py as its users run it, with a tiny model: what it writes, how it goes on, and how bad input ends."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import arguments as shared_arguments
+import models
+import ppo
+import runs
+import tracking
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+SCRIPTS = {
+    "ppo": "PPOArguments",
+    "sft": "SFTArguments",
+    "inference": "InferenceArguments",
+    "fewshot": "FewshotArguments",
+}
+GOOD = ("a warm and funny film", "every minute is a joy", "tender and wise", "i laughed all the way")
+BAD = ("a dull and noisy film", "every minute is a chore", "shallow and loud", "i slept all the way")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A saved random model with the embedded model's tokenizer, so that prompts are rendered by a chat template."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokens = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model = tiny_model(vocab_size=len(tokenizer), initializer_range=0.1, **tokens)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_sst(folder: Path, rows: int = 24, held_out: int = 8) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train.tsv", rows), ("dev.tsv", held_out)):
+        lines = [f"{(BAD, GOOD)[i % 2][i // 2 % 4]} number {i} \t{i % 2}" for i in range(count)]
+        (folder / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sst(tmp_path_factory) -> Path:
+    return write_sst(tmp_path_factory.mktemp("data") / "SST")
+
+
+@pytest.fixture
+def run_ppo(tiny_folder, sst, monkeypatch):
+    """Run ppo.main in this process; keyword arguments are options, None leaves one out."""
+    monkeypatch.setattr(sys, "argv", ["ppo.py"])
+
+    def run(**options) -> None:
+        ppo.main(argv(tiny_folder, sst, **options))
+
+    return run
+
+
+def argv(model: Path, data: Path, **options) -> list[str]:
+    options = {"task": "SST", "data_path": data, "train_model_name": model, "from_local": True, "report_to": "none",
+               "batch_sentence_num": 8, **options}  # fmt: skip
+    return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def start(arguments: list[str], folder: Path, **environment) -> subprocess.Popen:
+    """The real script; what it prints lies beside its folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+    with open(folder.with_suffix(".txt"), "w") as output:
+        return subprocess.Popen(
+            [sys.executable, ROOT / "ppo.py", *arguments, "--output_dir", folder],
+            stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder.parent,
+        )  # fmt: skip
+
+
+def read(folder: Path) -> tuple[dict, list[dict]]:
+    """summary.json and the lines of history.jsonl."""
+    return json.loads((folder / "summary.json").read_text()), tracking.history(folder)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def without_times(history: list[dict]) -> list[dict]:
+    return [{n: v for n, v in line.items() if not n.startswith("time/") and n != "eval/seconds"} for line in history]
+
+
+# ---------------------------------------------------------------------------------------------------------- real runs
+
+
+SAMPLED = dict(policy_gradient="sampled", repeat_time=2, max_steps=9, eval_steps=3, save_methods="step", save_freq=1)
+
+
+@pytest.fixture(scope="module")
+def processes(tiny_folder, sst, tmp_path_factory) -> dict[str, Path]:
+    """Three runs side by side, as they would be typed; by name, their folders."""
+    root = tmp_path_factory.mktemp("runs")
+    config = root / "run.yaml"
+    config.write_text("learning_rate: 1e-3\nmax_steps: 50\nsave_methods: step\nsave_freq: 2\neval_steps: 2\nseed: 3\n")
+    options = {
+        "labels": dict(config=config, max_steps=3),
+        "free": dict(answer_space="free", report_to="wandb", end_epoch=2, max_steps=4, repeat_time=2, eval_size=4),
+        "killed": SAMPLED,
+    }
+    folders = {name: root / name for name in options}
+    running = {
+        name: start(argv(tiny_folder, sst, **given), folders[name], WANDB_MODE="offline")
+        for name, given in options.items()
+    }
+    deadline = time.time() + 300
+    while not (folders["killed"] / "step-2").exists() and running["killed"].poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    running["killed"].send_signal(signal.SIGKILL)
+    try:
+        for name in ("labels", "free"):
+            assert running[name].wait(timeout=max(1, deadline - time.time())) == 0, output(folders[name])
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    return folders
+
+
+def output(folder: Path) -> str:
+    return folder.with_suffix(".txt").read_text()
+
+
+def test_a_run_with_labels_leaves_a_summary_a_history_and_checkpoints(processes, tiny_folder):
+    folder = processes["labels"]
+    summary, history = read(folder)
+    assert names(folder) == {"arguments.json", "summary.json", "history.jsonl", "best", "step-2", "step-3"}
+    # command line over YAML over defaults
+    given = summary["arguments"]
+    assert (given["max_steps"], given["learning_rate"], given["seed"], given["batch_sentence_num"]) == (3, 1e-3, 3, 8)
+    assert given == json.loads((folder / "arguments.json").read_text())
+    assert (given["answer_space"], given["policy_gradient"]) == ("labels", "expected")
+    assert summary["method"] == "ppo" and summary["task"] == "SST" and summary["model"] == str(tiny_folder)
+    assert (summary["seed"], summary["steps"], summary["samples"], summary["answer_space"]) == (3, 3, 24, "labels")
+    assert summary["train_seconds"] > 0 and summary["peak_memory_bytes"] > 1e8 and len(summary["data_hash"]) == 16
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0] and summary["versions"]["commit"]
+    for moment, step in {"before": 0, "after": 3, "best": summary["best_step"]}.items():
+        figures = summary["metrics"][moment]
+        assert figures["step"] == step and {"accuracy", "score", "invalid_rate"} <= set(figures)
+        assert figures["invalid_rate"] == 0 and 0 <= figures["accuracy"] <= 1
+    assert summary["metrics"]["best"]["score"] == max(
+        summary["metrics"][m]["score"] for m in ("before", "after", "best")
+    )
+    assert [line["step"] for line in history if "eval/score" in line] == [0, 2, 3]
+    steps = [line for line in history if "policy/loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    wanted = {"objective/reward", "objective/reward_std", "objective/kl", "objective/entropy", "objective/invalid_rate",
+              "objective/accuracy", "objective/share/negative", "objective/share/positive", "policy/loss",
+              "policy/clip_fraction", "policy/approx_kl", "policy/learning_rate", "policy/grad_norm",
+              "time/seconds_per_step", "time/samples_per_second", "time/tokens_per_second"}  # fmt: skip
+    assert all(wanted <= set(line) for line in steps)
+    assert all(math.isfinite(value) for line in history for value in line.values())
+    assert steps[0]["policy/learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_checkpoint_is_whole(processes):
+    files = {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"}
+    resumable = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}
+    for name in ("step-2", "step-3"):
+        assert files | resumable <= names(processes["labels"] / name)
+    assert files <= names(processes["labels"] / "best")
+    assert not [path for path in processes["labels"].rglob(".*")]
+
+
+def test_what_is_printed_is_readable(processes):
+    text = output(processes["labels"])
+    assert "SST: 24 training rows, 8 held out" in text and "held-out" in text and "gold:" in text
+    assert "step 3/3" in text and f"Everything lies in {processes['labels']}" in text
+    assert "Traceback" not in text and "Warning" not in text, text
+
+
+def test_a_free_run_reports_to_wandb_without_an_account(processes):
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    folder = processes["free"]
+    summary, history = read(folder)
+    assert summary["answer_space"] == "free" and summary["arguments"]["policy_gradient"] == "sampled"
+    assert summary["samples"] == 4 * 8 * 2 and summary["metrics"]["before"]["invalid_rate"] == 1.0  # a random model
+    assert {"epoch-1", "best", "step-4"} <= names(folder)
+    steps = [line for line in history if "policy/loss" in line]
+    assert {"value/loss", "value/explained_variance", "policy/ratio", "objective/response_length"} <= set(steps[0])
+    assert steps[0]["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert steps[0]["objective/invalid_rate"] > 0.9 and steps[0]["objective/reward"] < -2.5
+    (path,) = folder.rglob("*.wandb")
+    store, figures = DataStore(), []
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            figures.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    logged = [line["objective/reward"] for line in figures if "objective/reward" in line]
+    assert logged == [pytest.approx(line["objective/reward"]) for line in steps]
+    assert [line["eval/score"] for line in figures if "eval/score" in line] == [
+        pytest.approx(line["eval/score"]) for line in history if "eval/score" in line
+    ]
+    assert any("episodes" in line for line in figures)
+
+
+def test_a_killed_run_goes_on_where_it_was(processes, run_ppo, tmp_path, capsys):
+    """`kill -9` in the middle, then --resume alone: the same figures and weights as a run that was left in peace."""
+    killed, straight = processes["killed"], tmp_path / "straight"
+    assert not (killed / "summary.json").exists()
+    with open(killed / "history.jsonl", "a") as file:  # figures of a step after the last checkpoint
+        file.write(json.dumps({"step": 99, "policy/loss": 0.0}) + "\n")
+    ppo.main(["--resume", str(killed)])
+    assert "Going on from" in capsys.readouterr().out
+    run_ppo(output_dir=straight, **SAMPLED)
+    (resumed, history), (expected, expected_history) = read(killed), read(straight)
+    assert without_times(history) == without_times(expected_history)
+    assert resumed["metrics"] == expected["metrics"] and resumed["steps"] == expected["steps"] == 9
+    assert resumed["data_hash"] == expected["data_hash"] and resumed["samples"] == expected["samples"] == 9 * 8 * 2
+    for file in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert (killed / "step-9" / file).read_bytes() == (straight / "step-9" / file).read_bytes()
+    assert {f"step-{i}" for i in range(1, 10)} < names(straight)
+
+
+def test_a_finished_run_is_prolonged(run_ppo, tmp_path, monkeypatch):
+    run_ppo(output_dir=tmp_path / "run", max_steps=1)
+    config = tmp_path / "more.yaml"
+    config.write_text("max_steps: 2\nlearning_rate: 0.5\n")
+    ppo.main(["--resume", str(tmp_path / "run"), "--config", str(config), "--learning_rate", "1e-4"])
+    summary, history = read(tmp_path / "run")
+    assert summary["steps"] == 2 and summary["arguments"]["learning_rate"] == 1e-4
+    assert [line["step"] for line in history if "policy/loss" in line] == [1, 2]
+    assert summary["metrics"]["before"]["step"] == 0 and summary["metrics"]["after"]["step"] == 2
+
+
+def test_folders_are_named_by_task_model_batch_rate_and_time(run_ppo, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    run_ppo(start_epoch=2, end_epoch=4, max_steps=0, learning_rate=2e-4, eval_size=2)
+    (folder,) = (tmp_path / "model" / "SST").iterdir()
+    assert re.fullmatch(r"tiny-8-0\.0002-\d{8}-\d{6}", folder.name)
+    assert {"epoch-3", "epoch-4", "best", "summary.json"} <= names(folder)  # 24 rows, 8 at once: 3 steps an epoch
+    summary, _ = read(folder)
+    assert summary["steps"] == 6
+    settings = shared_arguments.Arguments(train_model_name="Some/Model 7B", batch_sentence_num=4)
+    task = shared_arguments.get_task("SuperGLUE/RTE")
+    first, second = runs.make_folder(settings, task, 1e-5), runs.make_folder(settings, task, 1e-5)
+    assert first.parent == tmp_path / "model" / "SuperGLUE-RTE" and first.name.startswith("Model-7B-4-1e-05-")
+    assert first != second and first.exists() and second.exists()
+
+
+def test_an_adapter_is_trained_further(run_ppo, tmp_path, tiny_folder):
+    """PPO on top of a checkpoint: the new checkpoint carries the old adapter, and the two load together."""
+    run_ppo(output_dir=tmp_path / "first", max_steps=1, learning_rate=1e-2)
+    run_ppo(
+        output_dir=tmp_path / "second", max_steps=1, learning_rate=1e-2, train_model_name=tmp_path / "first" / "step-1"
+    )
+    before, _ = read(tmp_path / "second")
+    after, _ = read(tmp_path / "first")
+    assert before["metrics"]["before"]["score"] == after["metrics"]["after"]["score"]
+    both = models.load_model(str(tmp_path / "second" / "step-1"), from_local=True)
+    first = models.load_model(str(tmp_path / "first" / "step-1"), from_local=True)
+    base = models.load_model(str(tiny_folder), from_local=True)
+    weights = [dict(m.named_parameters())["model.layers.0.self_attn.q_proj.weight"] for m in (base, first, both)]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+KINDS_OF_RUNS = {
+    "sampled labels": dict(policy_gradient="sampled", repeat_time=3, ppo_epochs=2, num_minibatches=2, kl_coef=0.05),
+    "expected, several updates": dict(ppo_epochs=2, num_minibatches=4, kl_coef=0.05, entropy_coef=0.01),
+    "free": dict(answer_space="free", repeat_time=2, max_response_length=3, strict_format=True),
+    "analysis and labels": dict(use_CoT=True, max_response_length=4, repeat_time=2),
+    "free analysis": dict(use_CoT=True, answer_space="free", max_response_length=4, repeat_time=2),
+    "numbers": dict(task="STS-B", data_path=FIXTURES / "GLUE" / "STS-B", batch_sentence_num=2),
+    "free numbers": dict(
+        task="STS-B", data_path=FIXTURES / "GLUE" / "STS-B", batch_sentence_num=2, answer_space="free"
+    ),
+    "candidates": dict(task="ReCoRD", data_path=FIXTURES / "SuperGLUE" / "ReCoRD", batch_sentence_num=2),
+    "free candidates": dict(
+        task="ReCoRD", data_path=FIXTURES / "SuperGLUE" / "ReCoRD", batch_sentence_num=2, answer_space="free"
+    ),
+    "labels from the file": dict(task="MentalHealth", data_path=FIXTURES / "MentalHealth", batch_sentence_num=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_RUNS)
+def test_kinds_of_runs(kind, run_ppo, tmp_path):
+    run_ppo(output_dir=tmp_path / "run", **{"max_steps": 2, "end_epoch": 9, **KINDS_OF_RUNS[kind]})
+    summary, history = read(tmp_path / "run")
+    assert summary["steps"] == 2 and {"before", "after", "best"} == set(summary["metrics"])
+    assert all(math.isfinite(value) for line in history for value in line.values())
+    if summary["answer_space"] == "labels":
+        assert summary["metrics"]["after"]["invalid_rate"] == 0
+        assert all(line["objective/invalid_rate"] == 0 for line in history if "policy/loss" in line)
+        shares = [v for line in history for n, v in line.items() if n.startswith("objective/share/")]
+        assert sum(shares) == pytest.approx(2.0, abs=1e-3)
+
+
+def test_rewards_are_arguments(run_ppo, tmp_path):
+    run_ppo(output_dir=tmp_path / "run", max_steps=1, answer_space="free", reward_invalid=-7, repeat_time=2)
+    _, history = read(tmp_path / "run")
+    (step,) = [line for line in history if "policy/loss" in line]
+    assert step["objective/reward"] <= -6 and step["objective/invalid_rate"] > 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def expect_error(capsys, run, *parts: str, **options) -> None:
+    """Exit code 2 and one line on standard error that holds all the parts."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(**options)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.err.startswith("ppo.py: error: ") and captured.err.count("\n") == 1, captured.err
+    assert all(part in captured.err for part in parts), captured.err
+    assert len(captured.err) < 700 and "Traceback" not in captured.err
+
+
+BAD_OPTIONS = [
+    (dict(task="SSTT"), ["--task SSTT", "SST"]),
+    (dict(learning_rate=0), ["--learning_rate 0", "greater than 0"]),
+    (dict(learning_rate=-1e-4), ["--learning_rate -0.0001"]),
+    (dict(learning_rate="nan"), ["--learning_rate nan"]),
+    (dict(learning_rate="fast"), ["--learning_rate", "fast"]),
+    (dict(num_minibatches=3), ["--batch_sentence_num 8", "--num_minibatches 3"]),
+    (dict(batch_sentence_num=0), ["--batch_sentence_num 0"]),
+    (dict(batch_sentence_num=25), ["--batch_sentence_num 25", "24 training rows"]),
+    (dict(batch_sentence_num="many"), ["--batch_sentence_num", "many"]),
+    (dict(model_temperature=0), ["--model_temperature 0"]),
+    (dict(kl_coef=-1), ["--kl_coef -1"]),
+    (dict(end_epoch=0), ["--end_epoch 0", "--start_epoch 0"]),
+    (dict(max_prompt_length=10), ["--max_prompt_length"]),
+    (dict(answer_space="words"), ["--answer_space words", "labels, free"]),
+    (dict(policy_gradient="exact"), ["--policy_gradient exact"]),
+    (dict(policy_gradient="expected", answer_space="free"), ["--policy_gradient expected", "--answer_space labels"]),
+    (dict(policy_gradient="expected", use_CoT=True), ["--policy_gradient expected", "--use_CoT False"]),
+    (dict(save_methods="day"), ["--save_methods day", "step, epoch"]),
+    (dict(report_to="paper"), ["--report_to paper", "none, wandb"]),
+    (dict(from_local="maybe"), ["--from_local", "maybe"]),
+    (dict(learning_rat=1), ["--learning_rat"]),
+    (dict(train_model_name="/no/such/model"), ["/no/such/model"]),
+    (dict(train_model_name="/no/such/model", from_local=False), ["/no/such/model"]),
+    (dict(train_model_name="no-such-user/no-such-model", from_local=False), ["no-such-user/no-such-model"]),
+    (dict(data_path="/no/such/file.tsv"), ["/no/such/file.tsv"]),
+    (dict(config="/no/such/file.yaml"), ["/no/such/file.yaml"]),
+    (dict(resume="/no/such/run"), ["/no/such/run"]),
+]
+
+
+@pytest.mark.parametrize(
+    "options, parts", BAD_OPTIONS, ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else ""
+)
+def test_a_bad_option_ends_with_one_sentence(options, parts, run_ppo, tmp_path, capsys):
+    expect_error(capsys, run_ppo, *parts, output_dir=tmp_path / "run", **options)
+    assert not names(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="8-bit weights work with a CUDA card")
+def test_eight_bits_need_a_card(run_ppo, tmp_path, capsys):
+    expect_error(capsys, run_ppo, "--load_in_8bit True", "CUDA", output_dir=tmp_path / "run", load_in_8bit=True)
+    assert not names(tmp_path)
+
+
+BAD_FILES = {
+    "columns": (b"sentence\tlabel\na film \t1\na\tfilm \t0\n", ["train.tsv", "3"]),
+    "label": (b"sentence\tlabel\na film \t1\nno film \t2\n", ["train.tsv", "3", "2"]),
+    "empty": (b"", ["train.tsv"]),
+    "header alone": (b"sentence\tlabel\n", ["train.tsv"]),
+    "long text": (b"sentence\tlabel\na film \t1\n" + b"a " * 25_000 + b"\t0\n", ["train.tsv", "3", "50"]),
+    "bytes": (b"sentence\tlabel\na film \t1\ncaf\xe9 \t0\n", ["train.tsv", "3"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_data_names_file_and_line(kind, run_ppo, tmp_path, capsys):
+    content, parts = BAD_FILES[kind]
+    data = write_sst(tmp_path / "data")
+    (data / "train.tsv").write_bytes(content)
+    for place in (data, data / "train.tsv"):
+        expect_error(capsys, run_ppo, *parts, output_dir=tmp_path / "run", data_path=place)
+    (data / "dev.tsv").write_bytes(content)
+    write_sst(tmp_path / "good")
+    (data / "train.tsv").write_bytes((tmp_path / "good" / "train.tsv").read_bytes())
+    parts = [part.replace("train", "dev") for part in parts]
+    expect_error(capsys, run_ppo, *parts, output_dir=tmp_path / "run", data_path=data)
+    assert names(tmp_path) == {"data", "good"}
+
+
+def test_a_folder_without_the_files(run_ppo, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    expect_error(capsys, run_ppo, "train.tsv", output_dir=tmp_path / "run", data_path=tmp_path / "data")
+
+
+def test_a_model_folder_without_a_model(run_ppo, tmp_path, capsys):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    expect_error(capsys, run_ppo, str(folder), "config.json", output_dir=tmp_path / "run", train_model_name=folder)
+    (folder / "config.json").write_text("{}")
+    expect_error(capsys, run_ppo, str(folder), output_dir=tmp_path / "run", train_model_name=folder)
+    (folder / "config.json").write_text("not JSON")
+    expect_error(capsys, run_ppo, str(folder), output_dir=tmp_path / "run", train_model_name=folder)
+    assert names(tmp_path) == {"empty"}
+
+
+def test_an_output_folder_that_cannot_be_written(run_ppo, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "run", tmp_path / "file"):
+        expect_error(capsys, run_ppo, "--output_dir", str(folder), output_dir=folder)
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == {"file"}
+
+
+def test_another_run_is_never_overwritten(run_ppo, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "arguments.json").write_text("{}")
+    expect_error(capsys, run_ppo, "--output_dir", "not empty", "--resume", output_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "arguments.json").read_text() == "{}" and names(tmp_path / "run") == {"arguments.json"}
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("learning_rat: 1\n", ["learning_rat", "unknown key"]),
+        ("- a\n- b\n", ["name: value"]),
+        ("a: b: c\n", ["cannot be read"]),
+        ("max_steps: [1, 2]\n", ["max_steps"]),
+        ("learning_rate: soon\n", ["learning_rate", "soon"]),
+        ("seed: 1.5\n", ["seed", "1.5"]),
+        ("use_CoT: 3\n", ["use_CoT", "3"]),
+        ("task: 5\n", ["task", "5"]),
+    ],
+)
+def test_a_bad_config(text, parts, run_ppo, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    options = {"task": None, "config": config, "output_dir": tmp_path / "run"}
+    expect_error(capsys, run_ppo, *parts, **options)
+    assert names(tmp_path) == {"run.yaml"}
+
+
+def test_a_broken_resume_folder(run_ppo, tmp_path, capsys):
+    (tmp_path / "arguments.json").write_text("{")
+    expect_error(capsys, run_ppo, str(tmp_path), resume=tmp_path)
+
+
+def test_the_command_itself_ends_so_too(tmp_path):
+    process = subprocess.run(
+        [sys.executable, ROOT / "ppo.py", "--task", "SSTT", "--output_dir", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("ppo.py: error: --task SSTT") and process.stderr.count("\n") == 1
+    assert not names(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- every argument
+
+
+def project_imports(name: str, seen: set[str]) -> set[str]:
+    """A module of the project and all others that it imports."""
+    if name not in seen and (ROOT / f"{name}.py").exists():
+        seen.add(name)
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for imported in found:
+                project_imports(imported, seen)
+    return seen
+
+
+def arguments_read(module: str) -> set[str]:
+    """Every <name> of an `arguments.<name>` that is read, but for the checks that only validate."""
+    tree, found = ast.parse((ROOT / f"{module}.py").read_text()), set()
+    checks = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name in ("check", "_check")
+              for n in ast.walk(f)}  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node not in checks:
+            if isinstance(node.value, ast.Name) and node.value.id == "arguments":
+                found.add(node.attr)
+    return found
+
+
+def declared(script: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(getattr(importlib.import_module(script), SCRIPTS[script]))}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_declared_argument_is_read(script):
+    read_somewhere = set().union(*(arguments_read(module) for module in project_imports(script, set())))
+    assert not declared(script) - read_somewhere
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_shell_script_names_options_that_exist(script):
+    text = (ROOT / "scripts" / f"{script}.sh").read_text()
+    listed = re.findall(r"^    # --(\w+)", text, re.MULTILINE)
+    passed = re.findall(r'--(\w+) "\$', text)
+    assert len(listed) > 3 and {"task", "train_model_name", "seed", "output_dir"} <= set(passed)
+    assert not {*listed, *passed} - declared(script) - {"config"}
+    assert len(set(listed)) == len(listed) and not set(listed) & set(passed)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_argument(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"--{name} " in text for name in {*declared(script), "config"})
