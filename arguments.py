@@ -84,7 +84,11 @@ def parse(kind: type[Given], description: str, argv: list[str] | None = None) ->
             stored = Path(chosen.resume) / "arguments.json"
             if not stored.is_file():
                 raise ArgumentError(f"--resume {chosen.resume} holds no arguments.json; give the folder of a run")
-            parser.set_defaults(**{k: v for k, v in json.loads(stored.read_text()).items() if k in names})
+            try:
+                values = json.loads(stored.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ArgumentError(f"--resume {chosen.resume}: arguments.json cannot be read ({error})") from error
+            parser.set_defaults(**{k: v for k, v in values.items() if k in names})
         if chosen.config:
             parser.set_defaults(**_read_config(chosen.config, names))
     given = vars(parser.parse_args(argv))

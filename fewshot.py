@@ -22,7 +22,7 @@ class FewshotArguments(InferenceArguments):
     """What few-shot prompting takes beside inference.py's arguments."""
 
     max_prompt_length: int = field(
-        default=2048, metadata={"help": "tokens, demonstrations included; a longer prompt loses text from its passage"}
+        default=1536, metadata={"help": "tokens, demonstrations included; a longer prompt loses text from its passage"}
     )
     num_shots: int = field(default=8, metadata={"help": "demonstrations before each question"})
     same_shots: bool = field(default=True, metadata={"help": "True: the same for all rows; False: drawn for each row"})

@@ -27,7 +27,7 @@ from tasks import Task
 # By policy_gradient. Summing over all labels needs no critic and few rows; sampling needs many samples per prompt (they
 # share the prompt's forward), a slower start and some entropy, or the policy collapses onto one label.
 RECIPES = {
-    "expected": {"learning_rate": 5e-4, "repeat_time": 1, "max_steps": 24, "entropy_coef": 0.0, "warmup_steps": 0},
+    "expected": {"learning_rate": 5e-4, "repeat_time": 1, "max_steps": 18, "entropy_coef": 0.0, "warmup_steps": 0},
     "sampled": {"learning_rate": 4e-4, "repeat_time": 16, "max_steps": 40, "entropy_coef": 0.05, "warmup_steps": 4},
 }
 
@@ -66,7 +66,7 @@ class PPOArguments(Arguments):
     reward_invalid: float = field(default=-3.0, metadata={"help": "reward of an answer that does not parse"})
     reward_number: float = field(default=2.5, metadata={"help": "STS-B: reward of an exact number; less the distance"})
     strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
-    tokens_per_micro_batch: int = field(default=384, metadata={"help": "tokens that go through the network at once"})
+    tokens_per_micro_batch: int = field(default=256, metadata={"help": "tokens that go through the network at once"})
 
 
 def check(arguments: PPOArguments, task: Task) -> None:

@@ -24,7 +24,7 @@ from checkpoints import RunTrainer, TrainingError
 from engine import MASKED, Answer, Engine, LabelTrie, Tree
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-KL_SAMPLE = 8  # prompts on which the KL is measured when it is not part of the reward
+KL_SAMPLE = 4  # prompts on which the KL is measured when it is not part of the reward
 
 
 @dataclass

@@ -33,25 +33,32 @@ class Wording:
     question: str
 
 
+def between_tags(*words: str) -> str:
+    """The words as the model is to write them."""
+    return ", ".join(f"{JUDGEMENT}{word}{JUDGEMENT_END}" for word in words)
+
+
 SENTIMENT = Wording(
     instruction="Classify the sentiment of a movie review. A review that criticizes the movie is negative, "
     "a review that praises it is positive. Possible answers: {answers}.",
     body="Review: {sentence}",
     question="Sentiment ({words}):",
 )
-ENTAILMENT = Wording(  # one for the diagnostic sets and the tasks whose models answer them
+# The order in which a prompt names the answers moves a small model's choice. Entailment tasks number their classes
+# differently, so their two wordings spell out one order.
+ENTAILMENT = Wording(
     instruction="Read a text and decide whether a statement follows from it. If the text says or implies that the "
-    "statement is true, the answer is yes, if it does not, the answer is no. Possible answers: "
-    "<Judgement>yes</Judgement>, <Judgement>no</Judgement>.",  # in this order for WNLI too, whose class 0 is no
+    "statement is true, the answer is yes, if it does not, the answer is no. "
+    f"Possible answers: {between_tags('yes', 'no')}.",
     body="Text: {premise}\nStatement: {hypothesis}",
     question="Does the statement follow (yes or no):",
 )
 ENTAILMENT_OR_CONTRADICTION = Wording(
     instruction="Read a text and decide whether a statement follows from it. If the text says or implies that the "
     "statement is true, the answer is yes, if it says or implies that the statement is false, the answer is no, "
-    "if the text leaves it open, the answer is maybe. Possible answers: {answers}.",
+    f"if the text leaves it open, the answer is maybe. Possible answers: {between_tags('yes', 'maybe', 'no')}.",
     body="Text: {premise}\nStatement: {hypothesis}",
-    question="Does the statement follow ({words}):",
+    question="Does the statement follow (yes, maybe or no):",
 )
 WORDINGS: dict[str, Wording] = {
     "CoLA": Wording(
@@ -68,12 +75,12 @@ WORDINGS: dict[str, Wording] = {
         question="Same meaning ({words}):",
     ),
     "STS-B": Wording(
-        instruction="Rate how similar in meaning two sentences are, from 5.0 (the same meaning) to 0.0 (nothing in "
-        "common). Possible answers: <Judgement>5.0</Judgement>, <Judgement>4.0</Judgement>, "
-        "<Judgement>3.0</Judgement>, <Judgement>2.0</Judgement>, <Judgement>1.0</Judgement>, "
-        "<Judgement>0.0</Judgement>, and numbers in between.",
+        instruction="Give two sentences a score for how similar their meanings are. If they mean the same, the score "
+        "is 5.0, if only details differ, the score is 4.0, if they are on the same topic, the score is 2.0, if they "
+        "have nothing in common, the score is 0.0. "
+        f"Possible answers: {between_tags('5.0', '4.0', '3.0', '2.0', '1.0', '0.0')}.",
         body="Sentence 1: {sentence1}\nSentence 2: {sentence2}",
-        question="Similarity:",
+        question="Score (from 5.0 down to 0.0):",
     ),
     "QQP": Wording(
         instruction="Decide whether two questions have the same meaning. If they ask different things, the answer is "
@@ -125,10 +132,9 @@ WORDINGS: dict[str, Wording] = {
         question="Same ({words}):",
     ),
     "WSC": Wording(
-        instruction="Read a text and decide whether a pronoun in it refers to a candidate. If it refers to something "
-        "else, the answer is no, if it refers to the candidate, the answer is yes. Possible answers: {answers}.",
+        instruction="Read a text and decide what a pronoun in it refers to. Possible answers: {answers}.",
         body="Text: {text}\nPronoun: {span2_text}\nCandidate: {span1_text}",
-        question="Same ({words}):",
+        question="Does the pronoun refer to the candidate ({words}):",
     ),
     "AX-b": ENTAILMENT,
     "AX-g": ENTAILMENT,
@@ -239,11 +245,9 @@ def _render(task: Task, fields: dict[str, str], tokenizer, use_CoT: bool, shots:
     wording = WORDINGS[task.name]
     # Braces in a row's text stay as they are: every text is filled in once, and never read as a template.
     words, template = listed(task.words), f"{wording.body}\n{wording.question}"
-    instruction = wording.instruction.format(
-        words=words, answers=", ".join(f"{JUDGEMENT}{word}{JUDGEMENT_END}" for word in task.words)
-    )
+    instruction = wording.instruction.format(words=words, answers=between_tags(*task.words))
     users = [template.format(words=words, **texts) for texts in [*(shot for shot, _ in shots), fields]]
-    answers = [f"{JUDGEMENT}{word}{JUDGEMENT_END}" for _, word in shots]
+    answers = [between_tags(word) for _, word in shots]
     if use_CoT:
         instruction += f" {COT}"
     begin = ANALYSIS if use_CoT else JUDGEMENT

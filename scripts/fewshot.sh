@@ -31,7 +31,7 @@ options=(
     # --do_sample True                # sample instead of taking the likeliest token
     # --model_temperature 1.0         # of sampling
     # --strict_format False           # True: only the closing tag ends a free answer
-    # --max_prompt_length 2048        # tokens, demonstrations included; a longer passage is cut
+    # --max_prompt_length 1536        # tokens, demonstrations included; a longer passage is cut
     # --max_response_length 8         # tokens of a free answer
     # --resume model/run              # finish this run, which was interrupted
     # --report_to none                # none, wandb, tensorboard or trackio

@@ -86,3 +86,33 @@ def with_lora(model: torch.nn.Module, seed: int = 1, zero: bool = False, **chang
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with a random model of two layers that reads and writes with the embedded model's tokenizer."""
+    from models import EMBEDDED, load_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("model"), load_tokenizer(EMBEDDED)
+    model = tiny_model(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A data root with one task, SST: 48 made-up training rows and 12 to evaluate on."""
+    folder = tmp_path_factory.mktemp("data") / "GLUE" / "SST"
+    folder.mkdir(parents=True)
+    words = (("dull", "slow", "cold", "weak", "grim"), ("warm", "bright", "funny", "lovely", "fine"))
+    for name, size in (("train.tsv", 48), ("dev.tsv", 12)):
+        rows = [f"a {words[i % 2][i % 5]} film, {name[0]}{i} \t{i % 2}" for i in range(size)]
+        (folder / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return folder.parents[1]
