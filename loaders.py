@@ -55,7 +55,7 @@ def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: s
     given = Path(data_path) if data_path is not None else None
     if given is not None and not given.is_dir():
         if not given.is_file():
-            raise DataError(f"{given}: no such file or folder (data_path for {task.name}); check the path.")
+            raise MissingData(f"{given}: no such file or folder (data_path for {task.name}); check the path.")
         return _from_file(task, split, given)
     folder = given if given is not None else Path(data_root) / task.folder
     candidates = [folder / name for name in task.files.get(split, ())]

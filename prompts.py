@@ -150,10 +150,8 @@ WORDINGS: dict[str, Wording] = {
         question="Mental state:",
     ),
 }
-COT = (
-    f"First write one or two sentences of reasoning and close them with {ANALYSIS_END}, "
-    f"then write your answer as {JUDGEMENT}answer{JUDGEMENT_END}."
-)
+# Small models write the analysis but no answer unless they are shown both together, once per answer.
+COT = "Always write one sentence of reasoning before the answer, in one of these forms: {forms}."
 
 
 class PromptError(ValueError):
@@ -249,7 +247,9 @@ def _render(task: Task, fields: dict[str, str], tokenizer, use_CoT: bool, shots:
     users = [template.format(words=words, **texts) for texts in [*(shot for shot, _ in shots), fields]]
     answers = [between_tags(word) for _, word in shots]
     if use_CoT:
-        instruction += f" {COT}"
+        ends = task.words[:: len(task.words) - 1] if task.number else task.words  # not all 51 numbers
+        forms = ", ".join(f"{ANALYSIS}reasoning{ANALYSIS_END}{between_tags(word)}" for word in ends)
+        instruction += " " + COT.format(forms=forms)
     begin = ANALYSIS if use_CoT else JUDGEMENT
     if tokenizer.chat_template is None:
         turns = [f"Prompt: {user}\nAssistant: {answer}\n" for user, answer in zip(users, [*answers, begin])]

@@ -29,7 +29,7 @@ from sft_trainer import Finetuner, RunConfig
 from tasks import Task
 
 MICRO_BATCH = 8  # rows that go through the network at once, at most
-STEPS = 24  # on one task, unless --max_steps says otherwise: as many rows as ppo.py's default sees
+STEPS = 18  # on one task, unless --max_steps says otherwise: as many rows as ppo.py's default sees
 IGNORED = -100  # label of a token without loss
 
 
@@ -200,7 +200,7 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
         disable_tqdm=True,
         use_cpu=not cuda,
         bf16=cuda,
-        gradient_checkpointing=cuda,  # room for long prompts; on the CPU time is what is scarce
+        activation_checkpointing=cuda,  # room for long prompts; on the CPU time is what is scarce
         loss_type="chunked_nll",  # logits only where there is a loss
         max_length=None,  # the prompts are already short enough, and the answer stands at the end
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -13,12 +13,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tasks import Task
 
-EPISODES_SHOWN = 2
+EPISODES_SHOWN, EPISODES_EVERY = 2, 10  # so many sample episodes, every so many steps
 GROUPS = ("objective/", "policy/", "value/", "eval/", "time/", "train/")
 
 
 class RunCallback(TrainerCallback):
-    """One line per step, sample episodes at every evaluation, and every figure in history.jsonl."""
+    """One line per step, sample episodes every few steps, and every figure in history.jsonl."""
 
     def __init__(self, folder: Path, task: Task, tokenizer):
         self.folder, self.task, self.tokenizer = folder, task, tokenizer
@@ -47,7 +47,8 @@ class RunCallback(TrainerCallback):
             return
         append_history(self.folder, state.global_step, figures)
         self.say(step_line(state.global_step, state.max_steps, figures))
-        if any(name.startswith("eval/") for name in figures) and self.trainer is not None:
+        trained = any(name.startswith(("objective/", "train/loss")) for name in figures)
+        if trained and self.trainer is not None and state.global_step % EPISODES_EVERY == 0:
             for episode in self.trainer.episodes[:EPISODES_SHOWN]:
                 self.say(self.episode_text(episode))
 

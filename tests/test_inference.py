@@ -369,7 +369,7 @@ def test_bad_arguments_end_with_one_sentence(options, said, capsys):
 
 def test_missing_data_is_told_for_all_tasks_at_once(tmp_path, capsys):
     said = refused(capsys, "--task", "SST,RTE,AX", "--data_path", str(tmp_path))
-    assert "SST validation: cannot find" in said and "(missing: SST, RTE)" in said
+    assert "GLUE/SST: no such file or folder" in said and "(missing: SST, RTE)" in said
 
 
 def test_few_shot_needs_a_shot(capsys):

@@ -232,7 +232,7 @@ def test_a_free_run_reports_to_wandb_without_an_account(processes):
     assert [line["eval/score"] for line in figures if "eval/score" in line] == [
         pytest.approx(line["eval/score"]) for line in history if "eval/score" in line
     ]
-    assert any("episodes" in line for line in figures)
+    assert [line["episodes/nrows"] for line in figures if "episodes/nrows" in line] == [0, 8]
 
 
 def test_a_killed_run_goes_on_where_it_was(processes, run_ppo, tmp_path, capsys):

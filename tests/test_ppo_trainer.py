@@ -392,6 +392,30 @@ def test_the_kl_is_subtracted_token_by_token(tmp_path):
         assert torch.allclose(rollout.returns[mine], p - 0.3 * to_come, atol=1e-3)
 
 
+@pytest.mark.parametrize("samples, lam", [(1, 1.0), (4, 1.0), (4, 0.5)])
+def test_advantages_are_whitened_over_the_whole_rollout(samples, lam, tmp_path):
+    trainer = mode_trainer(tmp_path, "free", {"samples_per_prompt": samples, "lam": lam, "tokens_per_micro_batch": 50})
+    torch.nn.init.normal_(trainer.model.value_head.weight, std=0.1)
+    rollout = caught_rollout(trainer, make_rows(8))
+    depths = [rollout.trees[p].depths[n] for p, n in zip(rollout.prompt.tolist(), rollout.node.tolist())]
+    starts = [i for i, depth in enumerate(depths) if depth == 0]
+    advantages = []
+    for begin, end in zip(starts, [*starts[1:], len(depths)]):
+        # Every token's reward but that of the last is 0: the return is the answer's reward.
+        values = rollout.values[begin:end].tolist()
+        scores = [0.0] * (end - begin - 1) + [noisy_score(trainer, rollout, begin, end)]
+        advantages += gae(scores, values, 1.0, lam)[0]
+    expected = torch.tensor(advantages)
+    if lam == 1.0 and samples > 1:
+        expected = against_siblings(expected, rollout.returns, rollout.prompt, rollout.node)
+    assert torch.allclose(rollout.advantages, (expected - expected.mean()) / expected.std(), atol=1e-4)
+
+
+def noisy_score(trainer, rollout, begin: int, end: int) -> float:
+    text = trainer.processing_class.decode([t for t in rollout.column[begin:end].tolist() if t != EOS])
+    return noisy_reward([text], [int(rollout.prompt[begin])])[0]
+
+
 # --------------------------------------------------------------------------------------------------------- no signal
 
 
