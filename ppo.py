@@ -13,7 +13,6 @@ import torch
 import transformers
 
 import evaluation
-import metrics
 import models
 import prompts
 import rewards
@@ -38,8 +37,13 @@ class PPOArguments(Arguments):
 
     learning_rate: float | None = field(default=None, metadata={"help": "of the adapter; default by recipe"})
     start_epoch: int = field(default=0, metadata={"help": "number of the first epoch"})
-    end_epoch: int = field(default=1, metadata={"help": "train up to, not including, this epoch"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps; 0: when the epochs end"})
+    end_epoch: int | None = field(
+        default=None, metadata={"help": "train up to, not including, this epoch; default the one after --start_epoch"}
+    )
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "stop after so many steps; 0: when the epochs end; default by recipe, 0 with --end_epoch"},
+    )
     repeat_time: int | None = field(default=None, metadata={"help": "samples per prompt; default by recipe"})
     save_methods: str = field(default="epoch", metadata={"help": "step or epoch"})
     save_freq: int = field(default=20, metadata={"help": "with --save_methods step: every so many steps"})
@@ -81,6 +85,10 @@ def check(arguments: PPOArguments, task: Task) -> None:
             "--policy_gradient expected sums over all labels: it needs --answer_space labels and --use_CoT False; "
             "use --policy_gradient sampled"
         )
+    if arguments.end_epoch is None:
+        arguments.end_epoch = arguments.start_epoch + 1
+    elif arguments.max_steps is None:
+        arguments.max_steps = 0  # who asks for epochs gets whole ones
     for name, value in RECIPES[arguments.policy_gradient].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -141,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         predictions = evaluation.predict(
             engine, task, held_out_prompts, arguments.answer_space, arguments.max_response_length, **format_
         )
-        return metrics.score(task, held_out, [p.label for p in predictions], [p.yes for p in predictions])
+        return evaluation.score(task, held_out, predictions)
 
     config = trainer_config(arguments, folder, len(train))
     progress = tracking.RunCallback(folder, task, tokenizer)

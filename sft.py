@@ -44,7 +44,9 @@ class SFTArguments(Arguments):
     lines_per_file: int = field(default=30000, metadata={"help": "training rows of each task at most"})
     learning_rate: float = field(default=2e-4, metadata={"help": "of the adapter"})
     start_epoch: int = field(default=0, metadata={"help": "number of the first epoch"})
-    end_epoch: int = field(default=1, metadata={"help": "train up to, not including, this epoch"})
+    end_epoch: int | None = field(
+        default=None, metadata={"help": "train up to, not including, this epoch; default the one after --start_epoch"}
+    )
     max_steps: int | None = field(
         default=None,
         metadata={"help": f"stop after so many steps; 0: when the epochs end; default {STEPS} on one task"},
@@ -87,6 +89,10 @@ def check(arguments: SFTArguments) -> list[tuple[Task, str | None]]:
     for name in ("max_steps", "eval_steps", "start_epoch"):
         if (getattr(arguments, name) or 0) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
+    if arguments.end_epoch is None:
+        arguments.end_epoch = arguments.start_epoch + 1
+    elif arguments.max_steps is None:
+        arguments.max_steps = 0  # who asks for epochs gets whole ones
     if arguments.end_epoch <= arguments.start_epoch:
         raise ArgumentError(
             f"--end_epoch {arguments.end_epoch} must be greater than --start_epoch {arguments.start_epoch}"

@@ -21,7 +21,7 @@ seed="${SEED:-}"                               # of the data's order, the sampli
 options=(
     # --- the run
     # --start_epoch 0                 # number of the first epoch
-    # --end_epoch 1                   # train up to, not including, this epoch
+    # --end_epoch 1                   # train up to, not including, this epoch: whole epochs
     # --max_steps 100                 # stop after so many steps, whatever the epochs say
     # --batch_sentence_num 32         # prompts per step
     # --repeat_time 1                 # responses sampled per prompt

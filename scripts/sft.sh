@@ -23,7 +23,7 @@ seed="${SEED:-}"                               # of the data's order, the sampli
 options=(
     # --- the run
     # --start_epoch 0                 # number of the first epoch
-    # --end_epoch 1                   # train up to, not including, this epoch
+    # --end_epoch 1                   # train up to, not including, this epoch: whole epochs
     # --max_steps 100                 # stop after so many steps; 0: when the epochs end
     # --batch_sentence_num 32         # rows per step
     # --repeat_time 1                 # how often each row is seen in an epoch
