@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +86,10 @@ class RunTrainer:
         run.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=run, prefix=f".{name}-"))
         try:
-            write(str(aside))
+            with warnings.catch_warnings():
+                # peft asks the hub whether the base's vocabulary was changed; it was not, and there may be no hub.
+                warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
+                write(str(aside))
             self.on_save(aside)
             aside.chmod(0o755)
             if (run / name).exists():

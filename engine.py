@@ -23,6 +23,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from models import ModelError
+
 TOKENS_PER_MICRO_BATCH = 1024
 MASKED = -1e9
 
@@ -560,7 +562,7 @@ class Engine:
     def check(self, tolerance: float = 1e-3) -> str | None:
         """Compare with the plain forward on a small example; on a mismatch fall back to it and return why.
 
-        Raises ValueError for a model whose logits are not its output layer applied to its last hidden state.
+        Raises ModelError for a model whose logits are not its output layer applied to its last hidden state.
         """
         n = min(self.head.weight.shape[0], 1000)
         prompts = [[(7 * i + 3) % n for i in range(12)], [(7 * i + 3) % n for i in range(5)] + [11, 12]]
@@ -569,7 +571,10 @@ class Engine:
         logits = self.causal_lm(torch.tensor([prompts[0]], device=self.device)).logits[0, -1].float()
         loose = tolerance if plain.dtype == self.head.weight.dtype else 5e-2
         if not torch.allclose(self.logits(plain[0, 0].to(self.head.weight.dtype)), logits, rtol=loose, atol=10 * loose):
-            raise ValueError("this model changes its logits after the output layer, which PPO here does not support")
+            raise ModelError(
+                "this model changes its logits after the output layer, which is not supported; "
+                "choose another --train_model_name"
+            )
         try:
             shared = torch.stack(self.states(prompts, [tree, tree])).float()
             error = float((shared - plain).norm() / plain.norm())

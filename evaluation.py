@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 
 import metrics
+import models
 import prompts
 import rewards
-from engine import Answer, Engine, LabelTrie
+from engine import TOKENS_PER_MICRO_BATCH, Answer, Engine, LabelTrie
+from models import ModelError
 from tasks import Task
 
 ANSWER_SPACES = ("labels", "free", "score")
@@ -20,6 +22,26 @@ class Prediction:
     text: str
     label: int | float | None
     yes: float | None = None
+
+
+def load_engine(name: str, from_local: bool, load_in_8bit: bool, tokens: int) -> Engine:
+    """The engine of a model that is only asked. Raises ModelError, also if it cannot read so many tokens at once."""
+    tokenizer = models.load_tokenizer(name, from_local)
+    model = models.load_model(name, from_local, load_in_8bit)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise ModelError(
+            f"--max_prompt_length and --max_response_length make {tokens} tokens, more than the {longest} tokens that "
+            f"{name} can read; lower them"
+        )
+    engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
+    try:
+        problem = engine.check()
+    except ValueError as error:
+        raise ModelError(f"--train_model_name {name}: {error}") from error
+    if problem:
+        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
+    return engine
 
 
 def score(task: Task, rows: list[dict], predictions: list[Prediction]) -> dict[str, float]:

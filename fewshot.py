@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import inference
 import loaders
 import prompts
+import splits
 from arguments import ArgumentError, clear_errors, parse
 from inference import InferenceArguments, Job
 from tasks import Task
@@ -66,7 +67,7 @@ def that_fit(
 def show(arguments: FewshotArguments, job: Job, tokenizer) -> list[list[dict]]:
     """For every row its demonstrations: of the training split, and none that is itself answered here."""
     task = job.task
-    train = loaders.training_rows(task, inference.training_split(arguments, task), arguments.seed)
+    train = loaders.training_rows(task, splits.training(task, arguments.data_path), arguments.seed)
     answered = {tuple(row[name] for name in task.fields) for row in job.rows}
     train = [row for row in train if tuple(row[name] for name in task.fields) not in answered]
     longest = max(job.rows, key=lambda row: sum(len(row[name]) for name in task.fields))

@@ -29,8 +29,7 @@ import submission
 import tasks
 import tracking
 from arguments import ArgumentError, Arguments, as_dict, clear_errors, get_tasks, one_of, parse
-from engine import TOKENS_PER_MICRO_BATCH, Engine
-from models import ModelError
+from engine import Engine
 from tasks import Task
 
 EVALUATED = 400  # labelled rows per task, unless --eval_size says otherwise
@@ -141,43 +140,10 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
     return jobs
 
 
-def training_split(arguments: InferenceArguments, task: Task) -> list[dict]:
-    """The labelled rows that a model for the task is trained on. Raises MissingData if there are none."""
-    source = tasks.get(task.answered_by) if task.answered_by else task
-    is_file = Path(arguments.data_path or ".").is_file()
-    return loaders.load(source, "train", data_path=None if is_file else splits.place(source, arguments.data_path))
-
-
-def majority_label(arguments: InferenceArguments, job: Job) -> tuple[int | float, str]:
-    """The most frequent label and where it was counted: in the training split, else in the answered rows."""
-    if job.task.candidates:  # of a question's many candidates most are wrong, in every split
-        return 0, "no candidate"
-    try:
-        return metrics.majority_label(job.task, training_split(arguments, job.task)), "training split"
-    except loaders.MissingData:
-        if not job.labelled:
-            raise
-    return metrics.majority_label(job.task, job.rows), "these rows"
-
-
 def load_engine(arguments: InferenceArguments, name: str) -> Engine:
-    """The model and its tokenizer. Raises ModelError, also for prompts that are longer than the model can read."""
-    tokenizer = models.load_tokenizer(name, arguments.from_local)
-    model = models.load_model(name, arguments.from_local, arguments.load_in_8bit)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and arguments.max_prompt_length + arguments.max_response_length > longest:
-        raise ArgumentError(
-            f"--max_prompt_length {arguments.max_prompt_length} and --max_response_length "
-            f"{arguments.max_response_length} are more than the {longest} tokens that {name} can read; lower them"
-        )
-    engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
-    try:
-        problem = engine.check()
-    except ValueError as error:
-        raise ModelError(f"--train_model_name {name}: {error}") from error
-    if problem:
-        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
-    return engine
+    """The model and its tokenizer. Raises ModelError."""
+    tokens = arguments.max_prompt_length + arguments.max_response_length
+    return evaluation.load_engine(name, arguments.from_local, arguments.load_in_8bit, tokens)
 
 
 def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[dict]]:
@@ -191,7 +157,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
     task, rows = job.task, job.rows
     # Looked for before hours of work: only free answers can be invalid, and a leaderboard file has no place for those.
     needs_majority = job.labelled or (arguments.answer_space == "free" and task.submission)
-    majority, counted_in = majority_label(arguments, job) if needs_majority else (0, "")
+    majority, counted_in = splits.majority_label(task, rows, arguments.data_path) if needs_majority else (0, "")
     shots = show(arguments, job, engine.tokenizer)
     settings = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
     packed, shortened = predictions.build_prompts(task, rows, engine.tokenizer, shots, **settings)

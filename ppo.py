@@ -20,6 +20,7 @@ import runs
 import splits
 import tracking
 from arguments import ArgumentError, Arguments, clear_errors, get_task, one_of, parse
+from engine import Engine
 from ppo_trainer import PPOConfig, PPOTrainer, TrainingError
 from tasks import Task
 
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
         model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
+        problem = Engine(model, tokenizer).check()
         settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
         train_prompts, shortened = prompts.build_all(task, train, **settings)
         held_out_prompts, shortened_held_out = prompts.build_all(task, held_out, **settings)
@@ -184,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     tracking.quiet_trainer(trainer)
     progress.trainer = trainer
-    problem = trainer.engine.check()
+    trainer.engine.plain = problem is not None
     if problem:
         print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
     checkpoint = trainer.last_checkpoint() if arguments.resume else None

@@ -4,9 +4,11 @@
     bash scripts/sft.sh --datafolder_path data/GLUE           every task below data/GLUE in one model
     bash scripts/ppo.sh --from_local True --train_model_name model/MR/<run>/best            PPO goes on from it
 
-trl's SFTTrainer on token ids: a prompt has exactly the ids that inference.py asks with, an answer those that it reads.
+trl's SFTTrainer (sft_trainer.py) on token ids: a prompt has exactly the ids that inference.py asks with, an answer
+those that it reads.
 """
 
+import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +27,11 @@ import tracking
 from arguments import ArgumentError, Arguments, clear_errors, get_tasks, one_of, parse
 from checkpoints import TrainingError
 from engine import Engine
-from sft_trainer import Finetuner, RunConfig
+from sft_trainer import IGNORED, Finetuner, RunConfig
 from tasks import Task
 
-MICRO_BATCH = 8  # rows that go through the network at once, at most
+MICRO_BATCH = 8  # with loss on the full row: rows that go through the network at once, at most
 STEPS = 18  # on one task, unless --max_steps says otherwise: as many rows as ppo.py's default sees
-IGNORED = -100  # label of a token without loss
 
 
 @dataclass
@@ -176,7 +177,9 @@ def evaluator(arguments: SFTArguments, parts: list[Part], episodes: list[dict]):
 def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfig:
     """RunConfig for these arguments; a step is one batch."""
     batch = arguments.batch_sentence_num
-    micro = next(size for size in range(min(MICRO_BATCH, batch), 0, -1) if batch % size == 0)
+    # With several processes SFTTrainer's own forward is needed: it is what brings their gradients together.
+    shared = arguments.loss_on == "answer" and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    micro = batch if shared else next(size for size in range(min(MICRO_BATCH, batch), 0, -1) if batch % size == 0)
     by_epochs = (arguments.end_epoch - arguments.start_epoch) * (rows // batch)
     steps = min(arguments.max_steps or by_epochs, by_epochs)
     save_every = (
@@ -206,7 +209,8 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
         disable_tqdm=True,
         use_cpu=not cuda,
         bf16=cuda,
-        activation_checkpointing=cuda,  # room for long prompts; on the CPU time is what is scarce
+        activation_checkpointing=cuda and not shared,  # room for long prompts
+        shared_prefix=shared,
         loss_type="chunked_nll",  # logits only where there is a loss
         max_length=None,  # the prompts are already short enough, and the answer stands at the end
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -1,4 +1,8 @@
-"""SFTTrainer with the evaluation, the checkpoints and the names of figures that ppo.py's trainer has."""
+"""SFTTrainer with the evaluation, the checkpoints and the names of figures that ppo.py's trainer has.
+
+Where only the answers are learned, the forward is the engine's: the prompts' common prefix goes through the network
+once per step, in micro-batches of few tokens. Loss and gradient are those of SFTTrainer (tested).
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -8,15 +12,19 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from checkpoints import RunTrainer, TrainingError
-from engine import Engine
+from engine import Engine, Tree
+
+IGNORED = -100  # label of a token without loss
+TOKENS_PER_MICRO_BATCH = {"cpu": 384, "cuda": 4096}
 
 
 @dataclass
 class RunConfig(SFTConfig):
-    """SFTConfig, and how checkpoints are named."""
+    """SFTConfig, how checkpoints are named, and whether the engine's forward is used."""
 
     save_methods: str = field(default="step", metadata={"help": "step or epoch"})
     epoch_offset: int = field(default=0, metadata={"help": "number of the first epoch"})
+    shared_prefix: bool = field(default=False, metadata={"help": "rows are a prompt without loss, then an answer"})
 
 
 class Finetuner(RunTrainer, SFTTrainer):
@@ -25,18 +33,50 @@ class Finetuner(RunTrainer, SFTTrainer):
     def __init__(self, *args, evaluate_with, on_save, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluation, self.on_save = evaluate_with, on_save
-        self.engine = Engine(self.model, self.processing_class)
+        self.engine = Engine(self.model, self.processing_class, TOKENS_PER_MICRO_BATCH[self.args.device.type])
         self.episodes: list[dict] = []  # of the last evaluation
         self.started = 0.0
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.started = self.started or time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.shared_prefix:
+            loss = self._shared_step(inputs)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
                 "Lower --learning_rate"
             )
+        return loss
+
+    def _shared_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy of the answers' tokens, its gradient added to the weights'. Inputs (batch, tokens)."""
+        self.model.train()
+        prompts, answers = [], []
+        for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
+            ids, size = ids[mask.bool()].tolist(), int((labels != IGNORED).sum())
+            prompts.append(ids[:-size])
+            answers.append(ids[-size:])
+        # Node t of a row's tree is the state after t tokens of its answer, and predicts the next one.
+        trees = [Tree([-1, *a[:-1]], [*range(-1, len(a) - 1)], [*range(len(a))]) for a in answers]
+        total = sum(map(len, answers))
+        loss = correct = entropy = 0.0
+        for rows, states in self.engine.training_batches(prompts, trees):
+            places = [(place, t) for place, row in enumerate(rows) for t in range(len(answers[row]))]
+            place, node = (torch.tensor(numbers, device=states.device) for numbers in zip(*places))
+            gold = torch.tensor([token for row in rows for token in answers[row]], device=states.device)
+            log_probs = torch.log_softmax(
+                self.engine.logits(states[place, node]), dim=-1
+            )  # (answer tokens, vocabulary)
+            part = torch.nn.functional.nll_loss(log_probs, gold, reduction="sum") / total
+            self.accelerator.backward(part)
+            loss += part.detach()
+            with torch.no_grad():
+                correct += float((log_probs.argmax(-1) == gold).sum())
+                entropy += float(-(log_probs.exp() * log_probs).sum())
+        self._metrics["train"]["mean_token_accuracy"].append(correct / total)
+        self._metrics["train"]["entropy"].append(entropy / total)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -74,6 +74,26 @@ def held_out(task: Task, data_path: str | None, size: int) -> tuple[list[dict], 
     return train[-end:], end
 
 
+def training(task: Task, data_path: str) -> list[dict]:
+    """The labelled rows that the model that answers the task is trained on; a `--data_path` that is a file is left
+    alone. Raises MissingData if there are none."""
+    source = tasks.get(task.answered_by) if task.answered_by else task
+    is_file = Path(data_path or ".").is_file()
+    return loaders.load(source, "train", data_path=None if is_file else place(source, data_path))
+
+
+def majority_label(task: Task, rows: list[dict], data_path: str) -> tuple[int | float, str]:
+    """The most frequent label and where it was counted: in the training split, else in the answered rows."""
+    if task.candidates:  # of a question's many candidates most are wrong, in every split
+        return 0, "no candidate"
+    try:
+        return metrics.majority_label(task, training(task, data_path)), "training split"
+    except MissingData:
+        if any(row["label"] is None for row in rows):
+            raise
+    return metrics.majority_label(task, rows), "these rows"
+
+
 def train_and_held_out(task: Task, data_path: str | None, size: int, seed: int) -> tuple[list[dict], list[dict]]:
     """Rows to train on, and rows to evaluate on (the same ones whatever the seed). DataError if one has no label.
 

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tasks import Task
 
-EPISODES_SHOWN, EPISODES_EVERY = 2, 10  # so many sample episodes, every so many steps
+EPISODES_SHOWN, EPISODES_EVERY = 2, 10  # so many sample episodes at step 1 and every so many steps
 GROUPS = ("objective/", "policy/", "value/", "eval/", "time/", "train/")
 
 
@@ -48,7 +48,7 @@ class RunCallback(TrainerCallback):
         append_history(self.folder, state.global_step, figures)
         self.say(step_line(state.global_step, state.max_steps, figures))
         trained = any(name.startswith(("objective/", "train/loss")) for name in figures)
-        if trained and self.trainer is not None and state.global_step % EPISODES_EVERY == 0:
+        if trained and self.trainer is not None and state.global_step % EPISODES_EVERY == 1:
             for episode in self.trainer.episodes[:EPISODES_SHOWN]:
                 self.say(self.episode_text(episode))
 

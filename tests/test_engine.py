@@ -10,6 +10,7 @@ from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_l
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from engine import MASKED, Answer, Engine, LabelTrie, Tree, common_prefix, micro_batches
+from models import ModelError
 
 KINDS = ["llama", "qwen2", "neox", "gpt2"]
 
@@ -166,10 +167,11 @@ def test_the_reference_is_the_model_without_its_adapter(tokenizer):
     for state, logits in zip(engine.states(other, other_trees, reference=True), expected):
         assert error(engine.logits(state), logits) < 1e-4
     assert engine.tokens_computed - computed == 2 * (3 + 2)  # two rows, padded to three tokens, and two nodes
-    # A prompt with another beginning does not take it.
+    # Prompts with another beginning do not take it.
+    other = [tokens(f"w20 w21 w22 {end}") for end in ENDS]
     with model.disable_adapter():
-        expected = plain_logits(model, PROMPTS["no prefix"], trees)
-    for state, logits in zip(engine.states(PROMPTS["no prefix"], trees, reference=True), expected):
+        expected = plain_logits(model, other, trees)
+    for state, logits in zip(engine.states(other, trees, reference=True), expected):
         assert error(engine.logits(state), logits) < 1e-4
     # And the policy has not been mixed up with it.
     for state, logits in zip(engine.states(prompts, trees), plain_logits(model, prompts, trees)):
@@ -267,6 +269,7 @@ def test_what_is_sampled_does_not_depend_on_micro_batches(tokenizer):
     assert sample(1) != sample(1, seed=1)
 
 
+@torch.no_grad()
 def test_samples_follow_the_distribution(tokenizer):
     model, prompt = tiny_model(), PROMPTS["prefix"][0]
     engine, temperature, count = Engine(model, tokenizer), 2.0, 4000
@@ -340,7 +343,7 @@ def test_check_refuses_a_model_that_changes_its_logits(tokenizer):
     torch.manual_seed(0)
     sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
     model = Gemma2ForCausalLM(Gemma2Config(**BASE, **sizes, final_logit_softcapping=2.0)).eval()
-    with pytest.raises(ValueError, match="changes its logits"):
+    with pytest.raises(ModelError, match="changes its logits"):
         Engine(model, tokenizer).check()
 
 

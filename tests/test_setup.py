@@ -72,6 +72,8 @@ class Checkout:
             capture_output=True,
             text=True,
             timeout=60,
+            # Where the tests run in the background, interrupts are ignored, and a shell would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def calls(self) -> list[str]:

@@ -93,30 +93,40 @@ def test_rows_are_repeated_and_limited_per_task(embedded):
     assert len(table) == 6
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_the_answers_tokens(model_folder, data_root, tmp_path):
-    arguments = sft.SFTArguments(task="SST", data_path=str(data_root), batch_sentence_num=4, max_steps=1)
+@pytest.mark.parametrize("loss_on", ["answer", "full"])
+def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folder, data_root, tmp_path):
+    arguments = sft.SFTArguments(task="SST", data_path=str(data_root), batch_sentence_num=6, max_steps=1)
+    arguments.loss_on, arguments.report_to = loss_on, "none"
     tokenizer = models.load_tokenizer(str(model_folder), True)
     parts = sft.load(arguments, sft.check(arguments))
     table, _ = sft.dataset(arguments, parts, tokenizer)
+    torch.manual_seed(0)
     trainer = Finetuner(
         models.load_model(str(model_folder), True),
-        sft.trainer_config(sft.SFTArguments(report_to="none", batch_sentence_num=4, max_steps=1), tmp_path, 8),
+        sft.trainer_config(arguments, tmp_path, 6),
         train_dataset=table,
         eval_dataset=table.select([0]),
         processing_class=tokenizer,
-        peft_config=models.lora_config(),
+        peft_config=models.lora_config(init_lora_weights=False),
         evaluate_with=lambda engine: {},
         on_save=lambda folder: None,
     )
+    assert trainer.args.shared_prefix == (loss_on == "answer")
+    trainer.create_optimizer()
     batch = next(iter(trainer.get_train_dataloader()))
-    loss = trainer.compute_loss(trainer.model, dict(batch))
-    plain = models.load_model(str(model_folder), True)
-    losses = []
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
-        ids, labels = ids[mask.bool()], labels[mask.bool()]
-        log_probs = torch.log_softmax(plain(ids[None]).logits[0].float(), -1)
-        losses += [-log_probs[i - 1, labels[i]] for i in range(len(ids)) if labels[i] != sft.IGNORED]
-    assert float(loss) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    assert len(batch["input_ids"]) == 6
+    weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    count = (batch["labels"][:, 1:] != sft.IGNORED).sum()
+    loss = trainer.training_step(trainer.model, dict(batch), count)
+    found = {name: weight.grad.clone() for name, weight in weights.items()}
+    trainer.model.zero_grad()
+    hidden = trainer.engine.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    logits, labels = trainer.engine.head(hidden)[:, :-1], batch["labels"][:, 1:]
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORED)
+    plain.backward()
+    assert float(loss) == pytest.approx(plain.item(), rel=1e-4)
+    for name, weight in weights.items():
+        assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6 + 1e-4 * float(weight.grad.norm())), name
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
