@@ -261,7 +261,8 @@ def finish(arguments: PPOArguments, task: Task, folder: Path, trainer: PPOTraine
     best = folder / "best"
     print(
         f"\nEverything lies in {folder}: best/ (the best checkpoint), history.jsonl, summary.json.\nEvaluate it:\n"
-        f"  bash scripts/inference.sh --task {task.name} --from_local True --train_model_name {best}"
+        f"  bash scripts/inference.sh --task {task.name} --answer_space {arguments.answer_space} --from_local True "
+        f"--train_model_name {best}"
     )
 
 
