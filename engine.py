@@ -17,7 +17,9 @@ so the prompt is pushed through the network once, however many answers are looke
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import psutil
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -26,7 +28,9 @@ from transformers.cache_utils import DynamicLayer
 from models import ModelError
 
 TOKENS_PER_MICRO_BATCH = 1024
+SMALLEST_BUDGET = 16  # tokens: less than any prompt, so one row at a time
 MASKED = -1e9
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -209,9 +213,32 @@ class Engine:
         bias = None if self.head.bias is None else self.head.bias[vocabulary]
         return nn.functional.linear(states, self.head.weight[vocabulary], bias).float()
 
-    @torch.no_grad()
+    def shrinking(self, work: Callable[[], Result]) -> Result:
+        """`work()`; whenever memory runs out in it, the token budget is halved and it is begun again.
+
+        Raises MemoryError if one row at a time is still too much.
+        """
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = str(error).splitlines()[0][:100]
+            # Only here is the traceback gone, and with it the tensors that its frames hold.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.tokens_per_micro_batch <= SMALLEST_BUDGET:
+                raise MemoryError(f"out of memory with one row at a time ({message})")
+            self.tokens_per_micro_batch //= 2
+            print(f"Out of memory: going on with micro-batches of {self.tokens_per_micro_batch} tokens.", flush=True)
+
     def states(self, prompts: list[list[int]], trees: list[Tree], reference: bool = False) -> list[torch.Tensor]:
         """The hidden state of every node, per prompt (nodes, hidden). `reference`: with the adapter switched off."""
+        return self.shrinking(lambda: self._states(prompts, trees, reference))
+
+    @torch.no_grad()
+    def _states(self, prompts: list[list[int]], trees: list[Tree], reference: bool) -> list[torch.Tensor]:
         result: list = [None] * len(prompts)
         with self._reference_model() if reference else contextlib.nullcontext():
             prefix = self._prefix(prompts, reference)
@@ -347,7 +374,6 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------- generation
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: list[list[int]],
@@ -365,12 +391,16 @@ class Engine:
         states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU, in the order of the
         prompts, whatever the micro-batches are.
         """
+        # Every row draws from its own stream, so that micro-batching cannot change what is sampled.
+        seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist() if temperature > 0 else []
+        return self.shrinking(lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds))
+
+    @torch.no_grad()
+    def _generate(self, prompts, stop, max_new_tokens: int, samples: int, temperature: float, seeds: list[int]):
         trees = [Tree() for _ in prompts]
         answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
         states: list = [None] * len(prompts)
         prefix = self._prefix(prompts)
-        # Every row draws from its own stream, so that micro-batching cannot change what is sampled.
-        seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist() if temperature > 0 else []
         # Room for the answers: a decoding row holds its prompt and about as many nodes as tokens are generated.
         room = min(samples * max_new_tokens, 64)
         lengths = [len(p) - prefix[0] + room for p in prompts]
@@ -583,6 +613,28 @@ class Engine:
             reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
         self.plain = reason is not None
         return reason
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that memory ran out, on the card or off it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def training_tokens(model: nn.Module) -> int:
+    """How many tokens of this model may go through the network at once in training: what half the free memory holds.
+
+    A token keeps about 32 hidden and 12 feed-forward vectors a layer (measured on SmolLM2-135M-Instruct with LoRA on
+    all linear layers). Rounded down to a power of two, so that the same machine gives the same micro-batches. On a CPU
+    more than 256 tokens only cost memory; on a card more than 16,384 gain nothing.
+    """
+    config, weight = model.config.get_text_config(), next(model.parameters())
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    per_token = config.num_hidden_layers * (32 * hidden + 12 * inner) * weight.element_size()
+    cuda = weight.device.type == "cuda"
+    free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
+    fits = min(max(free // 2 // per_token, SMALLEST_BUDGET), 16384 if cuda else 256)
+    return 1 << (int(fits).bit_length() - 1)
 
 
 def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | None) -> list[int]:

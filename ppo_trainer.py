@@ -98,6 +98,12 @@ def clipped_value_loss(new: torch.Tensor, old: torch.Tensor, returns: torch.Tens
     return 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
 
 
+def add(sums: dict, figures: dict) -> None:
+    """Add figures to the sums under their names; tensors stay on their device, which need not be waited for."""
+    for name, value in figures.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     """1 - Var(returns - values) / Var(returns); 0 if the returns do not vary."""
     variance = float(returns.var(unbiased=False))
@@ -276,6 +282,11 @@ class PPOTrainer(RunTrainer, Trainer):
             raise TrainingError(
                 f"{error} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. Lower --learning_rate"
             ) from error
+        except MemoryError as error:
+            raise TrainingError(
+                f"{error} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
+                "Lower --max_prompt_length or --repeat_time"
+            ) from error
         loss = torch.tensor(step, device=self.args.device)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -299,19 +310,29 @@ class PPOTrainer(RunTrainer, Trainer):
             return list(row["prompt_ids"])
         return self.processing_class(row["prompt"], add_special_tokens=False).input_ids
 
-    def _updates(self, count: int):
-        """Yield (number of the update, prompt numbers), with an optimizer step between one update and the next."""
+    def _updates(self, count: int, update: Callable[[list[int]], dict]) -> dict[str, float]:
+        """Call `update(prompt numbers)`, which adds up gradients, for every minibatch of every pass over the rollout.
+
+        Between one update and the next is an optimizer step; the last one's is left to Trainer. Returns the sums of the
+        figures that the updates return. An update that runs out of memory is begun again with smaller micro-batches.
+        """
         size, total = count // self.args.num_minibatches, self.args.ppo_epochs * self.args.num_minibatches
         order: list[int] = []
-        for update in range(total):
+        sums: dict = {}
+        for number in range(total):
             if not order:
                 order = torch.randperm(count, generator=self.generator).tolist() if total > 1 else list(range(count))
-            if update:
+            if number:
                 self._clip_grad_norm(self.model)
                 self.optimizer.step()
-                self.model.zero_grad()
             minibatch, order = order[:size], order[size:]
-            yield update, minibatch
+
+            def from_zero(minibatch=minibatch) -> dict:
+                self.model.zero_grad()
+                return update(minibatch)
+
+            add(sums, self.engine.shrinking(from_zero))
+        return {name: float(value) for name, value in sums.items()}
 
     # ------------------------------------------------------------------------------- expected: all labels, no samples
 
@@ -331,8 +352,9 @@ class PPOTrainer(RunTrainer, Trainer):
                 reference[i] = self._label_log_probs(states[None])[0]
         old = torch.zeros_like(rewards)
         known = torch.zeros(len(rows), dtype=torch.bool)
-        sums: dict[str, float] = {}
-        for _, minibatch in self._updates(len(prompts)):
+
+        def update(minibatch: list[int]) -> dict:
+            sums: dict = {}
             batches = self.engine.training_batches([prompts[i] for i in minibatch], [trees[i] for i in minibatch])
             for places, states in batches:
                 index = torch.tensor([minibatch[p] for p in places])
@@ -352,9 +374,11 @@ class PPOTrainer(RunTrainer, Trainer):
                 with torch.no_grad():
                     clipped = (before.exp() * ((ratio - 1).abs() > args.clip_range)).sum()
                     divergence = (before.exp() * (before - new)).sum()
-                    for name, value in {"loss": loss * len(minibatch), "entropy": entropy.sum(), "clip": clipped,
-                                        "approx_kl": divergence}.items():  # fmt: skip
-                        sums[name] = sums.get(name, 0.0) + float(value)
+                    add(sums, {"loss": loss * len(minibatch), "entropy": entropy.sum(), "clip": clipped,
+                               "approx_kl": divergence})  # fmt: skip
+            return sums
+
+        sums = self._updates(len(prompts), update)
         passes = args.ppo_epochs * len(prompts)
         chance = old.exp()
         self._log_step(
@@ -416,11 +440,10 @@ class PPOTrainer(RunTrainer, Trainer):
         by_prompt: list[list[int]] = [[] for _ in prompts]
         for action, prompt in enumerate(rollout.prompt.tolist()):
             by_prompt[prompt].append(action)
-        sums: dict[str, float] = {}
-        actions_seen = 0
-        for _, minibatch in self._updates(len(prompts)):
+
+        def update(minibatch: list[int]) -> dict:
             total = sum(len(by_prompt[i]) for i in minibatch)
-            actions_seen += total
+            sums = {"actions": total}
             batches = self.engine.training_batches(
                 [prompts[i] for i in minibatch], [rollout.trees[i] for i in minibatch]
             )
@@ -445,11 +468,13 @@ class PPOTrainer(RunTrainer, Trainer):
                 per_action = -surrogate - args.entropy_coef * entropy + args.value_coef * value_loss
                 self.accelerator.backward(per_action.sum() / total)
                 with torch.no_grad():
-                    for name, value in {"loss": per_action, "entropy": entropy, "value_loss": value_loss,
-                                        "clip": ((ratio - 1).abs() > args.clip_range).float(),
-                                        "approx_kl": (ratio - 1) - (new - old), "ratio": ratio}.items():  # fmt: skip
-                        sums[name] = sums.get(name, 0.0) + float(value.sum())
-        mean = {name: value / actions_seen for name, value in sums.items()}
+                    add(sums, {"loss": per_action.sum(), "entropy": entropy.sum(), "value_loss": value_loss.sum(),
+                               "clip": ((ratio - 1).abs() > args.clip_range).sum(),
+                               "approx_kl": ((ratio - 1) - (new - old)).sum(), "ratio": ratio.sum()})  # fmt: skip
+            return sums
+
+        sums = self._updates(len(prompts), update)
+        mean = {name: value / sums["actions"] for name, value in sums.items()}
         self._step_metrics |= {
             "objective/entropy": mean["entropy"],
             "policy/clip_fraction": mean["clip"],

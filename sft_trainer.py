@@ -40,7 +40,7 @@ class Finetuner(RunTrainer, SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.started = self.started or time.perf_counter()
         if self.args.shared_prefix:
-            loss = self._shared_step(inputs)
+            loss = self.engine.shrinking(lambda: self._shared_step(inputs))
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -53,6 +53,7 @@ class Finetuner(RunTrainer, SFTTrainer):
     def _shared_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy of the answers' tokens, its gradient added to the weights'. Inputs (batch, tokens)."""
         self.model.train()
+        self.model.zero_grad()
         prompts, answers = [], []
         for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
             ids, size = ids[mask.bool()].tolist(), int((labels != IGNORED).sum())

@@ -3,13 +3,15 @@
 import math
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_lora
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from engine import MASKED, Answer, Engine, LabelTrie, Tree, common_prefix, micro_batches
+from engine import MASKED, Answer, Engine, LabelTrie, Tree, common_prefix, micro_batches, training_tokens
 from models import ModelError
 
 KINDS = ["llama", "qwen2", "neox", "gpt2"]
@@ -114,6 +116,56 @@ def test_gradients_equal_the_plain_forward(kind, case, tokenizer):
             loss.backward()
         assert sorted(seen) == list(range(len(prompts)))
         assert error(gradients(), expected) < 1e-4
+
+
+def short_of_memory(engine: Engine, tokens_that_fit: int) -> None:
+    """Let every forward of more tokens (rows x columns) fail as a full card does."""
+    backbone = engine.backbone.forward
+
+    def forward(ids, **more):
+        if ids.numel() > tokens_that_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return backbone(ids, **more)
+
+    engine.backbone.forward = forward
+
+
+def test_out_of_memory_halves_the_budget_and_changes_nothing(tokenizer, capsys):
+    prompts = PROMPTS["prefix"]
+    trees = trees_for(prompts)
+    expected = Engine(with_lora(tiny_model()), tokenizer, 400)
+    engine = Engine(with_lora(tiny_model()), tokenizer, 400)
+    short_of_memory(engine, 20)
+    for found, state in zip(engine.states(prompts, trees), expected.states(prompts, trees)):
+        assert error(found, state) < 1e-5
+    assert engine.tokens_per_micro_batch < 400 and "Out of memory: going on with" in capsys.readouterr().out
+    engine.tokens_per_micro_batch = 400
+    ask = dict(stop=never, max_new_tokens=4, samples=3, temperature=1.0)
+    _, answers, _ = engine.generate(prompts, **ask, generator=torch.Generator().manual_seed(5))
+    _, others, _ = expected.generate(prompts, **ask, generator=torch.Generator().manual_seed(5))
+    assert [[a.tokens for a in group] for group in answers] == [[a.tokens for a in group] for group in others]
+    assert engine.tokens_per_micro_batch < 400
+
+
+def test_a_row_that_does_not_fit_alone_ends_in_a_memory_error(tokenizer):
+    engine = Engine(tiny_model(), tokenizer, 400)
+    short_of_memory(engine, 3)
+    with pytest.raises(MemoryError, match="one row at a time"):
+        engine.states(PROMPTS["prefix"], [Tree() for _ in ENDS])
+
+
+def test_other_errors_are_not_taken_for_a_full_memory(tokenizer):
+    engine = Engine(tiny_model(), tokenizer, 400)
+    with pytest.raises(RuntimeError, match="shape"):
+        engine.shrinking(lambda: torch.zeros(2).view(3))
+    assert engine.tokens_per_micro_batch == 400
+
+
+def test_the_budget_follows_free_memory(monkeypatch):
+    model = tiny_model()  # 2 layers x (32 x 32 + 12 x 64 numbers) x 4 bytes = 14,336 bytes a token
+    for free, tokens_that_fit in ((2 * 14_336 * 100, 64), (2 * 14_336 * 128, 128), (2**40, 256), (0, 16)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert training_tokens(model) == tokens_that_fit
 
 
 def test_full_weights_get_the_same_gradients_too(tokenizer):
