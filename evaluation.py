@@ -6,9 +6,10 @@ import torch
 
 import metrics
 import models
+import processes
 import prompts
 import rewards
-from engine import TOKENS_PER_MICRO_BATCH, Answer, Engine, LabelTrie
+from engine import TOKENS_PER_MICRO_BATCH, Answer, Engine, LabelTrie, row_seeds
 from models import ModelError
 from tasks import Task
 
@@ -28,12 +29,7 @@ def load_engine(name: str, from_local: bool, load_in_8bit: bool, tokens: int) ->
     """The engine of a model that is only asked. Raises ModelError, also if it cannot read so many tokens at once."""
     tokenizer = models.load_tokenizer(name, from_local)
     model = models.load_model(name, from_local, load_in_8bit)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and tokens > longest:
-        raise ModelError(
-            f"--max_prompt_length and --max_response_length make {tokens} tokens, more than the {longest} tokens that "
-            f"{name} can read; lower them"
-        )
+    check_length(model, name, tokens)
     engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
     try:
         problem = engine.check()
@@ -44,9 +40,32 @@ def load_engine(name: str, from_local: bool, load_in_8bit: bool, tokens: int) ->
     return engine
 
 
+def check_length(model, name: str, tokens: int) -> None:
+    """ModelError if a prompt and its answer, of so many tokens together, are more than the model can read."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise ModelError(
+            f"--max_prompt_length and --max_response_length make {tokens} tokens, more than the {longest} tokens that "
+            f"{name} can read; lower them"
+        )
+
+
 def score(task: Task, rows: list[dict], predictions: list[Prediction]) -> dict[str, float]:
     """Every official metric of the task, their mean and the invalid rate, as `metrics.score` gives them."""
     return metrics.score(task, rows, [p.label for p in predictions], yes_scores(predictions))
+
+
+def details(task: Task, rows: list[dict], predictions: list[Prediction], majority: int | float) -> dict:
+    """For summary.json, of labelled rows: every metric's interval, the metrics of answering always with the majority's
+    label, and with classes their names and the counts of gold by predicted ones."""
+    labels = [p.label for p in predictions]
+    found = {
+        "intervals": metrics.bootstrap_interval(task, rows, labels, yes_scores(predictions)),
+        "majority": metrics.score(task, rows, [majority] * len(rows)),
+    }
+    if not task.number:
+        found |= {"labels": task.labels, "confusion": metrics.confusion_counts(task, rows, labels).tolist()}
+    return found
 
 
 def yes_scores(predictions: list[Prediction]) -> list[float] | None:
@@ -56,12 +75,23 @@ def yes_scores(predictions: list[Prediction]) -> list[float] | None:
 
 
 def label_trie(task: Task, tokenizer) -> LabelTrie:
-    """The spellings of a task's words right after `<Judgement>`; ValueError if the task has no label set."""
+    """The spellings of a task's words right after `<Judgement>`; ValueError if the task has no label set.
+
+    Raises ModelError if the tokenizer spells two words alike (both as one unknown token), or one as nothing.
+    """
     if not task.words:
         raise ValueError(f"--answer_space labels: {task.name} has no label set; use --answer_space free")
-    return LabelTrie(
-        [tokenizer(word, add_special_tokens=False).input_ids for word in task.words], tokenizer.eos_token_id
-    )
+    spellings: dict[tuple[int, ...], str] = {}
+    for word in task.words:
+        spelling = tuple(tokenizer(word, add_special_tokens=False).input_ids)
+        if spelling in spellings or not spelling:
+            alike = f"like {spellings[spelling]!r}" if spelling else "as no token at all"
+            raise ModelError(
+                f"the model's tokenizer spells the label {word!r} of {task.name} {alike}, so the labels cannot be told "
+                "apart; choose another model, or rename them in the data"
+            )
+        spellings[spelling] = word
+    return LabelTrie([list(spelling) for spelling in spellings], tokenizer.eos_token_id)
 
 
 def target_ids(task: Task, row: dict, tokenizer) -> list[int]:
@@ -121,12 +151,25 @@ def predict(
     """One answer per prompt, greedy unless temperature > 0.
 
     labels: token by token among the labels' spellings; free: any token; score: the label with the highest
-    log-likelihood among all tokens (as lm-evaluation-harness does it).
+    log-likelihood among all tokens (as lm-evaluation-harness does it). Every process answers its share; all get all.
     """
     generator = torch.Generator().manual_seed(seed) if temperature > 0 else None
+    mine = processes.share(len(prompts))
+    prompts, draws = prompts[mine], (temperature, generator, mine.start)
+    return processes.together(
+        _predict(engine, task, prompts, answer_space, max_response_length, use_CoT, strict_format, draws)
+    )
+
+
+def _predict(
+    engine: Engine, task: Task, prompts: list[list[int]], answer_space: str, max_response_length: int, use_CoT: bool,
+    strict_format: bool, draws: tuple[float, torch.Generator | None, int],
+) -> list[Prediction]:  # fmt: skip
+    """`predict` of this process's prompts. draws: temperature, the rows' random stream, the first row's number."""
+    temperature, generator, first = draws
     if answer_space == "free":
         stop = stop_rule(task, use_CoT, strict_format)
-        _, answers, _ = engine.generate(prompts, stop, max_response_length, 1, temperature, generator)
+        _, answers, _ = engine.generate(prompts, stop, max_response_length, 1, *draws)
         return [Prediction(a.text, rewards.parse(task, a.text, a.ended, strict_format, use_CoT)) for (a,) in answers]
     trie = label_trie(task, engine.tokenizer)
     if answer_space == "score":
@@ -134,15 +177,14 @@ def predict(
             raise ValueError("--answer_space score reads the label's likelihood at once; leave --use_CoT at False")
         return _most_likely(engine, task, trie, prompts)
     if use_CoT:
-        trees, answers, _ = engine.generate(prompts, analysis_closed, max_response_length, 1, temperature, generator)
-        engine.judge(
-            prompts, trees, answers, trie, task.words, judgement_link(engine.tokenizer), temperature, generator
-        )
+        trees, answers, _ = engine.generate(prompts, analysis_closed, max_response_length, 1, *draws)
+        engine.judge(prompts, trees, answers, trie, task.words, judgement_link(engine.tokenizer), *draws)
         return [Prediction(a.text, label_of(task, a.label)) for (a,) in answers]
     predictions = []
-    for states in engine.states(prompts, [trie.tree] * len(prompts)):
+    seeds = row_seeds(len(prompts), generator, first) if generator else [None] * len(prompts)
+    for states, seed in zip(engine.states(prompts, [trie.tree] * len(prompts)), seeds):
         log_probs = trie.log_probs(engine.logits(states, trie.vocabulary), temperature or 1.0)
-        label, _ = trie.choose(log_probs, generator)
+        label, _ = trie.choose(log_probs, None if seed is None else torch.Generator().manual_seed(seed))
         yes = trie.label_log_probs(log_probs[None])[0, -1].exp()
         predictions.append(Prediction(task.words[label], label_of(task, label), float(yes)))
     return predictions

@@ -23,6 +23,7 @@ import loaders
 import metrics
 import models
 import predictions
+import processes
 import runs
 import splits
 import submission
@@ -167,16 +168,15 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
         use_CoT=arguments.use_CoT, strict_format=arguments.strict_format,
         temperature=arguments.model_temperature if arguments.do_sample else 0.0,
     )  # fmt: skip
+    if not processes.is_main():
+        return {}
     labels, scores = [a.label for a in answers], evaluation.yes_scores(answers)
     figures = {"invalid_rate": labels.count(None) / len(labels)}
     more = {"split": arguments.split, "rows": len(rows), "shots": len(shots[0]), "shortened": shortened}
     print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {arguments.answer_space} answers")
     if job.labelled:
         figures = evaluation.score(task, rows, answers)
-        more["intervals"] = metrics.bootstrap_interval(task, rows, labels, scores)
-        more["majority"] = metrics.score(task, rows, [majority] * len(rows))
-        if not task.number:
-            more["confusion"] = metrics.confusion_counts(task, rows, labels).tolist()
+        more |= evaluation.details(task, rows, answers, majority)
         print(evaluation.results_text(task, figures, more, counted_in))
     else:
         print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
@@ -203,15 +203,17 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
         engine, loaded = load_engine(arguments, jobs[0].model), jobs[0].model
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
-        top = Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, name)
+        top = processes.from_main(
+            lambda: Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, name)
+        )
     print(models.device_line())
     done: dict[str, dict] = {}
     try:
         for job in jobs:
             folder = top / runs.folder_of(job.task) if several else top
             folder.mkdir(exist_ok=True)
-            if (folder / "summary.json").exists():
-                done[job.task.name] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            if summary := processes.from_main(lambda path=folder / "summary.json": path.exists() and path.read_text()):
+                done[job.task.name] = json.loads(summary)
                 print(f"{job.task.name} is already done.")
                 continue
             with clear_errors(program):
@@ -224,7 +226,8 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
                 done[job.task.name] = run_job(arguments, job, engine, folder, own, show)
     except KeyboardInterrupt:
         raise SystemExit(f"{program}: interrupted; go on with: --resume {top}") from None
-    finish(arguments, jobs, top, done, several)
+    if processes.is_main():
+        finish(arguments, jobs, top, done, several)
 
 
 def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict[str, dict], several: bool) -> None:

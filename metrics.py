@@ -135,6 +135,7 @@ def _correlation(function: Callable, answers: Answers) -> float:
         value = 0.0
     else:
         value = float(function(answers.gold, predicted).statistic)
+        value = value if np.isfinite(value) else 0.0  # differences so small that their squares are 0
     return _less_invalid(value, answers.invalid.mean())
 
 
@@ -312,10 +313,25 @@ def bootstrap_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap interval of every metric and of "score" (the same resamples, so their joint spread).
+    """Percentile bootstrap interval of every metric and of "score" (the same resamples, so their joint spread)."""
+    values = bootstrap_values(task, rows, predictions, scores, samples, seed)
+    tail = (1 - confidence) / 2
+    return {name: tuple(float(q) for q in np.quantile(v, [tail, 1 - tail])) for name, v in values.items()}
+
+
+def bootstrap_values(
+    task: Task,
+    rows: list[dict],
+    predictions: Sequence[Prediction],
+    scores: Sequence[float] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Every metric and "score" on each resample, (samples,) each.
 
     What is drawn with replacement is the unit that was sampled: MultiRC's question, ReCoRD's query, AX-g's pair, else
-    the row.
+    the row. What is drawn depends on the number of units and the seed alone, so that two models' values for the same
+    rows are paired.
     """
     answers = _answers(task, rows, predictions, scores)
     unit = units(answers.task, answers.rows)
@@ -332,8 +348,7 @@ def bootstrap_interval(
             values[name].append(resampled[name](counts))
     joined = {name: np.concatenate(parts) for name, parts in values.items()}  # (samples,) each
     joined["score"] = np.mean(list(joined.values()), axis=0)
-    tail = (1 - confidence) / 2
-    return {name: tuple(float(q) for q in np.quantile(v, [tail, 1 - tail])) for name, v in joined.items()}
+    return joined
 
 
 def units(task: Task, rows: list[dict]) -> np.ndarray:

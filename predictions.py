@@ -1,21 +1,30 @@
-"""A run's predictions: prompts built for many rows, answered in batches that are saved as they come, and read back."""
+"""A run's predictions: prompts built for many rows, answered in batches that are saved as they come, and read back.
+
+What ppo.py and sft.py answer when they evaluate is kept in the same form: predictions.jsonl has the answers of the
+last evaluation, to which the summary's `after` belongs (the best one is chosen by the same rows, and so looks better
+than it is), and predictions-before.jsonl those of the first.
+"""
 
 import json
 import os
+import tempfile
 from array import array
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 import evaluation
+import processes
 import prompts
 import rewards
+import splits
 from arguments import ArgumentError
 from engine import Engine
 from evaluation import Prediction
 from tasks import Task
 
 FILE = "predictions.jsonl"
+BEFORE = "predictions-before.jsonl"
 UNFINISHED = f".{FILE}"  # the same file while batches are still added to it
 PROMPTS_AT_ONCE = 1000
 
@@ -48,15 +57,17 @@ def answer(
     random stream of its own. `how` goes to evaluation.predict. ArgumentError if the folder's answers are to other rows.
     """
     final, unfinished = folder / FILE, folder / UNFINISHED
-    if final.exists():
+    if processes.from_main(final.exists):
         return [prediction for prediction, _ in read(final, task, rows)]
-    known = read(unfinished, task, rows) if unfinished.exists() else []
+    known = processes.from_main(lambda: read(unfinished, task, rows) if unfinished.exists() else [])
     if len(known) < len(rows):
         known = known[: len(known) // batch * batch]
     answers = [prediction for prediction, _ in known]
+    main = processes.is_main()
+    shown = dict(unit="row", desc=task.name, dynamic_ncols=True, disable=not main)
     with (
-        tqdm(total=len(rows), initial=len(known), unit="row", desc=task.name, dynamic_ncols=True) as bar,
-        open(unfinished, "ab") as file,
+        tqdm(total=len(rows), initial=len(known), **shown) as bar,
+        open(unfinished, "ab") if main else tempfile.TemporaryFile() as file,
     ):
         file.truncate(sum(len(line.encode()) + 1 for _, line in known))
         for start in range(len(known), len(rows), batch):
@@ -69,8 +80,32 @@ def answer(
             os.fsync(file.fileno())
             answers += found
             bar.update(len(found))
-    os.replace(unfinished, final)
+    if main:
+        os.replace(unfinished, final)
     return answers
+
+
+def write(folder: Path, task: Task, rows: list[dict], packed: list, found: list[Prediction], tokenizer, first: bool):
+    """Keep the answers of an evaluation in training in place of the last one's; those of the `first` stay for good."""
+    if not processes.is_main():
+        return
+    folder.mkdir(exist_ok=True)
+    texts = tokenizer.batch_decode(packed)
+    lines = [json.dumps(as_line(task, *parts), ensure_ascii=False) for parts in zip(rows, texts, found)]
+    for name in (BEFORE, FILE) if first else (FILE,):
+        aside = folder / f".new-{name}"
+        aside.write_bytes("".join(f"{line}\n" for line in lines).encode())
+        os.replace(aside, folder / name)
+
+
+def details(folder: Path, task: Task, rows: list[dict], data_path: str) -> dict:
+    """`evaluation.details` of the answers in predictions.jsonl; empty where there are none to these rows."""
+    try:
+        answers = [prediction for prediction, _ in read(folder / FILE, task, rows)]
+    except (FileNotFoundError, ArgumentError) as error:
+        print(f"No intervals in summary.json: {error}")
+        return {}
+    return evaluation.details(task, rows, answers, splits.majority_label(task, rows, data_path)[0])
 
 
 def as_line(task: Task, row: dict, prompt: str, prediction: Prediction) -> dict:
@@ -79,6 +114,8 @@ def as_line(task: Task, row: dict, prompt: str, prediction: Prediction) -> dict:
     line |= {"gold": named(task, row["label"])}
     if row["label"] is not None:
         line["correct"] = rewards.is_correct(task, prediction.label, row["label"])
+    if task.candidates:  # what the row's metrics compare
+        line |= {"entity": row["entity"], "answers": row["answers"]}
     return line | ({} if prediction.yes is None else {"probability_of_last_label": prediction.yes})
 
 

@@ -1,0 +1,119 @@
+"""A report of all runs below a folder: tables with intervals and tests, learning curves, and the rows that changed.
+
+    python report.py                                   the runs below model/, the report in report/
+    python report.py --runs model/RTE --output_dir rte
+
+report.html is one file that can be sent around (no server, no network, no script). report.md is for a README,
+report.csv for further computing, report.tex for a paper; the figures lie beside them as PNG. Nothing is run again: all
+of it stands in the runs' summary.json, history.jsonl and predictions.jsonl, and belongs to their last evaluation.
+"""
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import comparison
+import page
+import tables
+from arguments import ArgumentError, Parser, clear_errors
+from collect import collect
+from results import Collection
+
+FILES = ("report.html", "report.md", "report.csv", "report.tex")
+
+
+@dataclass
+class ReportArguments:
+    """What report.py takes."""
+
+    runs: str = field(default="model", metadata={"help": "folder below which the runs lie, at any depth"})
+    output_dir: str = field(
+        default="report", metadata={"help": "the report's folder; an older report in it is replaced"}
+    )
+
+
+def contents(found: Collection) -> dict[str, bytes]:
+    """Every file of the report by its name."""
+    groups = found.groups
+    shown = tables.results_tables(groups)
+    compared = comparison.compare_all(groups)
+    shown += [tables.comparison_table(compared)] if compared else []
+    shown += [tables.cost_table(groups)] if groups else []
+    made = page.pictures(found)
+    left = [f"- {tables.markdown(f'{place}: {text}')}" for place, text in found.unfinished]
+    markdown = [tables.to_markdown(table) for table in shown]
+    markdown += ["## Unfinished runs\n\n" + "\n".join(left) + "\n"] if left else []
+    texts = {
+        "report.html": page.page(found, shown, made),
+        "report.md": tables.READING + "\n\n" + "\n".join(markdown),
+        "report.csv": tables.to_csv(groups),
+        "report.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(tables.to_latex(table) for table in shown),
+    }
+    files = {name: text.encode("utf-8", errors="replace") for name, text in texts.items()}
+    return files | {name: picture for name, (_, _, picture) in made.items()}
+
+
+def check_output(folder: Path) -> None:
+    """ArgumentError unless the folder is new, empty, or holds a report and nothing else."""
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"--output_dir {folder} is a file; give a folder")
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    other = sorted(n for n in names if n not in FILES and not (n.startswith("figure-") and n.endswith(".png")))
+    if other:
+        raise ArgumentError(
+            f"--output_dir {folder} holds {other[0]}, which is no part of a report; give another folder"
+        )
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    """Put a folder with these files in the place of the older one, by two renames: no reader sees a part of either."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        new = aside / "new"
+        new.mkdir()
+        for name, data in files.items():
+            (new / name).write_bytes(data)
+        if folder.exists():
+            folder.rename(aside / "old")
+        try:
+            new.rename(folder)
+        except OSError:
+            if (aside / "old").exists():
+                (aside / "old").rename(folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(ReportArguments, description=__doc__.splitlines()[0], prog="report.py", allow_abbrev=False)
+    arguments = ReportArguments(**vars(parser.parse_args(argv)))
+    with clear_errors("report.py"):
+        root, folder = Path(arguments.runs), Path(arguments.output_dir)
+        if not root.is_dir():
+            raise ArgumentError(f"--runs {root} is no folder; give the one that the runs lie below, such as model/")
+        check_output(folder)
+        found = collect(root)
+        if not (found.results or found.unfinished or found.skipped):
+            raise ArgumentError(
+                f"--runs {root} holds no run (no summary.json below it); train or answer something first"
+            )
+        for line in found.skipped:
+            print(f"report.py: warning: {line}", file=sys.stderr)
+        try:
+            write(folder, contents(found))
+        except OSError as error:
+            raise ArgumentError(
+                f"--output_dir {folder} cannot be written ({error.strerror}); choose a folder that you may write to"
+            ) from error
+    unfinished = page.count(len(found.unfinished), "unfinished run")
+    print(f"{page.count(found.finished, 'finished run')} of {root}, {unfinished}.")
+    print(f"The report is {folder / 'report.html'}; beside it lie {', '.join(FILES[1:])} and the figures.")
+
+
+if __name__ == "__main__":
+    main()
