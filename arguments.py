@@ -13,8 +13,10 @@ from typing import NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+import processes
 import tasks
 from loaders import DataError
+from manifests import CheckpointError
 from models import EMBEDDED, ModelError
 from prompts import MAX_PROMPT_LENGTH, PromptError
 from tasks import Task
@@ -74,6 +76,7 @@ class Parser(HfArgumentParser):
 
 def parse(kind: type[Given], description: str, argv: list[str] | None = None) -> Given:
     """Command line over `--config` file over `--resume` folder over defaults. Unknown names end with exit code 2."""
+    processes.quiet_others()
     parser = Parser(kind, description=description, allow_abbrev=False)
     parser.add_argument("--config", default="", help="a YAML file with any of these arguments; the command line wins")
     names = {f.name for f in fields(kind)}
@@ -81,7 +84,7 @@ def parse(kind: type[Given], description: str, argv: list[str] | None = None) ->
     chosen, _ = parser.parse_known_args(argv)
     with clear_errors(parser.prog):
         if getattr(chosen, "resume", ""):
-            stored = Path(chosen.resume) / "arguments.json"
+            stored = run_folder(chosen.resume) / "arguments.json"
             if not stored.is_file():
                 raise ArgumentError(f"--resume {chosen.resume} holds no arguments.json; give the folder of a run")
             try:
@@ -96,7 +99,29 @@ def parse(kind: type[Given], description: str, argv: list[str] | None = None) ->
     with clear_errors(parser.prog):
         arguments = kind(**given)
         _check(arguments)
+    arguments.asked = {name: value for name, value in as_dict(arguments).items() if name != "output_dir"}
+    if not getattr(arguments, "resume", "") and processes.from_main(lambda: _interrupted(arguments)):
+        print(f"{arguments.output_dir} holds this very run, interrupted: it goes on.")
+        return parse(kind, description, [*argv, "--resume", arguments.output_dir])
     return arguments
+
+
+def run_folder(path: str) -> Path:
+    """The run of a `--resume`: the folder itself, or the one that a checkpoint lies in."""
+    folder = Path(path)
+    inside = not (folder / "arguments.json").exists() and (folder.parent / "arguments.json").exists()
+    return folder.parent if inside else folder
+
+
+def _interrupted(arguments: Arguments) -> bool:
+    """Whether `--output_dir` holds a run of ppo.py or sft.py that was asked for in the same words and did not end."""
+    folder = Path(arguments.output_dir)
+    if not arguments.output_dir or (folder / "summary.json").exists() or not (folder / "arguments.json").exists():
+        return False
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["asked"] == arguments.asked
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _read_config(path: str, names: set[str]) -> dict:
@@ -136,6 +161,16 @@ def _check(arguments: Arguments) -> None:
     arguments.max_response_length = arguments.max_response_length or (96 if arguments.use_CoT else 16)
 
 
+def divisible(arguments: Arguments) -> int:
+    """The prompts of a step for each process. ArgumentError if they cannot be shared out evenly."""
+    if arguments.batch_sentence_num % processes.count():
+        raise ArgumentError(
+            f"--batch_sentence_num {arguments.batch_sentence_num} cannot be divided among {processes.count()} "
+            "processes; give a multiple"
+        )
+    return arguments.batch_sentence_num // processes.count()
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """ArgumentError if an argument is none of its choices."""
     if value not in choices:
@@ -164,8 +199,9 @@ def clear_errors(program: str) -> Iterator[None]:
     """Bad input ends the program with exit code 2 and one sentence on standard error, without a traceback."""
     try:
         yield
-    except (ArgumentError, DataError, ModelError, PromptError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+    except (ArgumentError, CheckpointError, DataError, ModelError, PromptError) as error:
+        if processes.is_main():
+            print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -1,19 +1,146 @@
-"""What the trainers of ppo.py and sft.py share: evaluation on held-out rows, and the run's checkpoint folders."""
+"""What the trainers of ppo.py and sft.py share: evaluation on held-out rows, and the run's checkpoint folders.
 
+Names that begin with `.new-` are being written, those with `.old-` are on their way out; a killed run leaves them
+behind, and the next one to go on removes them.
+"""
+
+import contextlib
 import json
 import os
+import pickle
+import re
 import shutil
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import TrainerState
+
+import manifests
+import processes
 from engine import Engine
+from manifests import CheckpointError
+
+CHECKPOINT_NAME = re.compile(r"(step|epoch)-\d+")
+ADAPTER_FILE, STATE_FILE = "adapter_model.safetensors", "trainer_state.json"
+PICKLE = "training_args.bin"  # Trainer leaves it, nothing reads it, and to look into it is to run what it says
+OLD_BEST = ".old-best"  # the best/ of the last checkpoint, while a better one is ahead of any checkpoint
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says at which step, why, and where the last checkpoint lies."""
+
+
+def run_id(folder: Path) -> str | None:
+    """The name that a run has for itself (run.json); None for a folder without one."""
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else None
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """How many steps a checkpoint has behind it; 0 for None, -1 if it does not say."""
+    if checkpoint is None:
+        return 0
+    manifest = manifests.read(checkpoint)
+    if manifest is not None and "step" in manifest:
+        return manifest["step"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+    return -1
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, the one with the fewest steps first, whether they are whole or not."""
+    found = [path for path in run.glob("*-*") if path.is_dir() and CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def verify(checkpoint: Path) -> None:
+    """CheckpointError unless this is a whole checkpoint of the run whose folder it lies in."""
+    manifest = manifests.verify(checkpoint)
+    if manifest.get("run") != run_id(checkpoint.parent):
+        raise CheckpointError(f"{checkpoint} belongs to another run ({manifest.get('run')})")
+    if STATE_FILE not in manifest["files"]:
+        raise CheckpointError(f"{checkpoint} holds no {STATE_FILE}, so nothing can go on from it")
+
+
+def to_resume(run: Path, named: Path | None = None) -> Path | None:
+    """The checkpoint that a run goes on from: the newest that is whole, or None if there is none at all yet.
+
+    Newer ones that are not whole get `-broken` behind their names, and that is said. With `named`, a checkpoint that
+    was asked for, nothing is chosen: CheckpointError if it is not whole, or not the newest (the newer ones would stay
+    beside a history that no longer leads to them). CheckpointError too if there are checkpoints but none is whole.
+    """
+    problems: dict[Path, CheckpointError] = {}
+    good = None
+    for checkpoint in reversed(checkpoints_of(run)):
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            problems[checkpoint] = error
+            continue
+        good = checkpoint
+        break
+    instead = f"the newest whole checkpoint is {good}: --resume {run} goes on from it"
+    if problems and good is None:
+        raise CheckpointError(
+            f"{run} holds no checkpoint to go on from: {next(iter(problems.values()))}; start again in another folder"
+        )
+    if named is not None and good is None:
+        raise CheckpointError(f"--resume {named}: {run} has no checkpoint yet; --resume {run} starts it again")
+    if named is not None and named.resolve() != good.resolve():
+        try:
+            verify(named)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {instead}") from error
+        raise CheckpointError(f"--resume {named} is not the run's last checkpoint; move the newer away, or: {instead}")
+    for checkpoint, problem in problems.items():
+        aside = _free_name(checkpoint.with_name(f"{checkpoint.name}-broken"))
+        checkpoint.rename(aside)
+        print(f"Not used: {problem}. It is now {aside.name}; going on from {good}.")
+    return good
+
+
+def settle(run: Path, step: int) -> None:
+    """Before a run goes on from a checkpoint with `step` steps (-1: from the start): clear up what a kill left.
+
+    best/ becomes what it was at that step, so that a better score which is reached again is kept again.
+    """
+    for path in [*run.glob(".new-*"), *run.glob(".old-*")]:
+        if path.name != OLD_BEST:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    best, old = run / "best", run / OLD_BEST
+    ahead = best.is_dir() and step_of(best) > step
+    if old.is_dir() and (ahead or not best.is_dir()) and step_of(old) <= step:
+        _remove(best)
+        old.rename(best)
+    elif ahead and step_of(best) == 0:
+        _remove(best)  # the start's own; it is evaluated again
+    elif ahead:
+        best.rename(_free_name(run / f"best-step-{step_of(best)}"))
+    _remove(old)
+
+
+def _free_name(path: Path) -> Path:
+    """This name, or the first of name-2, name-3, ... that is not taken."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if there is one; a kill in the middle leaves no half of it under its name."""
+    if folder.is_dir():
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".old-"))
+        os.replace(folder, aside)
+        shutil.rmtree(aside)
 
 
 class RunTrainer:
@@ -27,6 +154,25 @@ class RunTrainer:
     engine: Engine
     evaluation: Callable[[Engine], dict[str, float]]
     on_save: Callable[[Path], None]
+    saved_step: int | None = None  # of the last checkpoint that was written or loaded
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train up to `max_steps`, from a checkpoint if there is one; one that is there already is only loaded."""
+        if checkpoint is None:
+            self.train()
+            return
+        self.saved_step = step_of(checkpoint)
+        if self.saved_step < self.args.max_steps:
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint))
+            except pickle.UnpicklingError as error:
+                raise TrainingError(
+                    f"{checkpoint} holds a file that is loaded only by running code from it, which is not done "
+                    f"({str(error).splitlines()[0]}); this program did not write it"
+                ) from error
+        else:  # Trainer would do one step more
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Run `evaluation` on the current weights; its figures are logged as eval/<name>, the best ones are saved."""
@@ -34,13 +180,21 @@ class RunTrainer:
         started = time.perf_counter()
         metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
         metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
-        self.log(dict(metrics))
-        score = metrics.get(f"{metric_key_prefix}/score")
-        if score is not None and (self.state.best_metric is None or score > self.state.best_metric):
+        score, best = metrics.get(f"{metric_key_prefix}/score"), self._best_score()
+        # best/ first: a run that is killed in between evaluates again, and finds nothing better than what it has saved.
+        if score is not None and (best is None or score > best):
             self.state.best_metric, self.state.best_global_step = score, self.state.global_step
-            self._write_folder("best", self.save_model)
+            self._write_folder("best", self.save_model, score=score)
+        self.log(dict(metrics))
+        if self.saved_step == self.state.global_step and processes.is_main():
+            _remove(Path(self.args.output_dir) / OLD_BEST)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _best_score(self) -> float | None:
+        """The score of what lies in best/; without it, the best that the run knows of."""
+        manifest = manifests.read(Path(self.args.output_dir) / "best") or {}
+        return manifest.get("score", self.state.best_metric)
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: Trainer's formula does not know what is left out of the forward."""
@@ -48,18 +202,27 @@ class RunTrainer:
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint of this run with the most steps; None if there is none yet."""
-        # A hidden folder is one that was being written when the run was stopped.
-        states = Path(self.args.output_dir).glob("[!.]*/trainer_state.json")
-        return max((state.parent for state in states), key=self.step_of, default=None)
+        return max(checkpoints_of(Path(self.args.output_dir)), key=step_of, default=None)
 
-    @staticmethod
-    def step_of(checkpoint: Path | None) -> int:
-        """How many steps a checkpoint has behind it; 0 for None."""
-        return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+    step_of = staticmethod(step_of)
 
     def _last_checkpoint_text(self) -> str:
         checkpoint = self.last_checkpoint()
         return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+    @contextlib.contextmanager
+    def named_failure(self, what: str) -> Iterator[None]:
+        """What a function of the user's raises becomes a TrainingError with the place, the step and the way back."""
+        try:
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise TrainingError(
+                f"{what} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}) at step "
+                f"{self.state.global_step + 1}; {self._last_checkpoint_text()}"
+            ) from error
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's checkpoint, under the run's own names: epoch-<n> where an epoch ends, step-<n> elsewhere."""
@@ -74,30 +237,76 @@ class RunTrainer:
                 super(RunTrainer, self)._save_checkpoint(model, trial)
             finally:
                 self.args.output_dir = run
-            for part in (Path(folder) / f"checkpoint-{self.state.global_step}").iterdir():
-                part.rename(Path(folder) / part.name)
-            (Path(folder) / f"checkpoint-{self.state.global_step}").rmdir()
 
         self._write_folder(name, write)
-
-    def _write_folder(self, name: str, write: Callable[[str], None]) -> None:
-        """Write a folder of the run aside and move it into its place, so that it is there whole or not at all."""
+        self.saved_step = self.state.global_step
+        if not processes.is_main():
+            return
         run = Path(self.args.output_dir)
-        run.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=run, prefix=f".{name}-"))
+        _remove(run / OLD_BEST)
+        if self.args.save_total_limit:
+            for old in checkpoints_of(run)[: -self.args.save_total_limit]:
+                _remove(old)
+
+    def _write_folder(self, name: str, write: Callable[[str], None], **about) -> None:
+        """Write a folder of the run aside and move it into its place, so that it is there whole or not at all.
+
+        TrainingError if it cannot be written (the disk is full, say); nothing of it is left then.
+        """
+        run = Path(self.args.output_dir)
+        aside = None
         try:
+            run.mkdir(parents=True, exist_ok=True)
+            aside = Path(processes.from_main(lambda: tempfile.mkdtemp(dir=run, prefix=f".new-{name}-")))
             with warnings.catch_warnings():
                 # peft asks the hub whether the base's vocabulary was changed; it was not, and there may be no hub.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
                 write(str(aside))
-            self.on_save(aside)
-            aside.chmod(0o755)
-            if (run / name).exists():
-                old = Path(tempfile.mkdtemp(dir=run, prefix=f".old-{name}-"))
-                os.replace(run / name, old)
-                os.replace(aside, run / name)
-                shutil.rmtree(old)
-            else:
-                os.replace(aside, run / name)
+            processes.together([name])  # all have written what is theirs
+            processes.from_main(lambda: self._move_into_place(aside, name, about))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            left = ", ".join(path.name for path in checkpoints_of(run)) or "no checkpoint"
+            raise TrainingError(
+                f"{run / name} could not be written at step {self.state.global_step} ({reason}); what was there is "
+                f"untouched: {left}"
+            ) from error
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside is not None and processes.is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _move_into_place(self, aside: Path, name: str, about: dict) -> None:
+        """Complete a folder that was written aside, and give it its name."""
+        run = Path(self.args.output_dir)
+        inner = aside / f"checkpoint-{self.state.global_step}"  # Trainer's own name
+        if inner.is_dir():
+            for part in inner.iterdir():
+                part.rename(aside / part.name)
+            inner.rmdir()
+        (aside / PICKLE).unlink(missing_ok=True)
+        self.on_save(aside)
+        manifests.write(aside, step=self.state.global_step, run=run_id(run), **about)
+        aside.chmod(0o755)
+        if name == "best" and self.args.save_strategy != "no" and not (run / OLD_BEST).exists():
+            if (run / name).exists():
+                os.replace(run / name, run / OLD_BEST)  # until a checkpoint has caught up with the new one
+        else:
+            _remove(run / name)
+        os.replace(aside, run / name)
+        _bring_to_disk(run)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The adapter's weights alone, from safetensors; Trainer would also load start/ as a second adapter."""
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_FILE))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """So that a power cut cannot undo a rename in this folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -165,6 +165,8 @@ class LabelTrie:
 
 def common_prefix(prompts: list[list[int]]) -> int:
     """How many tokens all prompts share at their start; at least one token of every prompt stays outside."""
+    if not prompts:
+        return 0
     shortest, longest = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1
     length = 0
@@ -382,17 +384,17 @@ class Engine:
         samples: int = 1,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        first: int = 0,
     ) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
         """Answer every prompt `samples` times; temperature 0 is greedy.
 
         An answer ends at the end-of-sequence token, when `stop(text so far)` says so, or after `max_new_tokens`.
         Samples of a prompt that agree so far share their forward; a row whose answers have all ended leaves the batch.
         Returns, per prompt: the tree of all tokens that had to be pushed through the network, the answers, and the
-        states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU, in the order of the
-        prompts, whatever the micro-batches are.
+        states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU; `first`: the number of the
+        first prompt, if other processes answer those before it (see `row_seeds`).
         """
-        # Every row draws from its own stream, so that micro-batching cannot change what is sampled.
-        seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist() if temperature > 0 else []
+        seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else []
         return self.shrinking(lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds))
 
     @torch.no_grad()
@@ -431,6 +433,7 @@ class Engine:
         link: Callable[[Answer], tuple[list[int], str]],
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        first: int = 0,
     ) -> list[torch.Tensor]:
         """End every answer with a label chosen among the trie's: its analysis was free, its judgement is masked.
 
@@ -456,11 +459,13 @@ class Engine:
                 answer.text += text
         states = self.states(prompts, trees)
         place = iter(places)
-        for state, group in zip(states, answers):
+        seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else [None] * len(prompts)
+        for state, group, seed in zip(states, answers, seeds):
+            stream = None if seed is None else torch.Generator().manual_seed(seed)
             for answer in group:
                 where = next(place)
                 log_probs = trie.log_probs(self.logits(state[where], trie.vocabulary), temperature or 1.0)
-                answer.label, path = trie.choose(log_probs.cpu(), generator if temperature > 0 else None)
+                answer.label, path = trie.choose(log_probs.cpu(), stream)
                 answer.nodes += [where[inner] for inner, _ in path]
                 answer.tokens += [trie.vocabulary[column] for _, column in path]
                 answer.text += words[answer.label]
@@ -635,6 +640,14 @@ def training_tokens(model: nn.Module) -> int:
     free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
     fits = min(max(free // 2 // per_token, SMALLEST_BUDGET), 16384 if cuda else 256)
     return 1 << (int(fits).bit_length() - 1)
+
+
+def row_seeds(count: int, generator: torch.Generator | None, first: int = 0) -> list[int]:
+    """A seed for every row's own stream: neither micro-batches nor processes can then change what is sampled.
+
+    first: the number of the first of these `count` rows among those of all processes.
+    """
+    return torch.randint(2**62, (first + count,), generator=generator).tolist()[first:]
 
 
 def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | None) -> list[int]:

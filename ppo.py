@@ -13,22 +13,27 @@ import torch
 import transformers
 
 import evaluation
+import faults
 import models
+import predictions
+import processes
 import prompts
 import rewards
 import runs
 import splits
 import tracking
-from arguments import ArgumentError, Arguments, clear_errors, get_task, one_of, parse
-from engine import Engine
-from ppo_trainer import PPOConfig, PPOTrainer, TrainingError
+from arguments import ArgumentError, Arguments, divisible, get_task, one_of, parse
+from engine import Engine, training_tokens
+from ppo_trainer import PPOConfig, PPOTrainer
 from tasks import Task
 
-# By policy_gradient. Summing over all labels needs no critic and few rows; sampling needs many samples per prompt (they
-# share the prompt's forward), a slower start and some entropy, or the policy collapses onto one label.
+# By answer space and policy gradient. Summing over all labels needs no critic and few rows. Sampling needs many samples
+# per prompt (they share its forward), a slower start and some entropy, or the policy collapses onto one label. Among
+# all tokens the model must first learn to answer at all; among the labels alone the same step size would overshoot.
 RECIPES = {
-    "expected": {"learning_rate": 5e-4, "repeat_time": 1, "max_steps": 18, "entropy_coef": 0.0, "warmup_steps": 0},
-    "sampled": {"learning_rate": 4e-4, "repeat_time": 16, "max_steps": 40, "entropy_coef": 0.05, "warmup_steps": 4},
+    ("labels", "expected"): dict(learning_rate=5e-4, repeat_time=1, max_steps=18, entropy_coef=0.0, warmup_steps=0),
+    ("labels", "sampled"): dict(learning_rate=2e-4, repeat_time=16, max_steps=30, entropy_coef=0.05, warmup_steps=4),
+    ("free", "sampled"): dict(learning_rate=4e-4, repeat_time=16, max_steps=40, entropy_coef=0.05, warmup_steps=4),
 }
 
 
@@ -50,6 +55,7 @@ class PPOArguments(Arguments):
     save_freq: int = field(default=20, metadata={"help": "with --save_methods step: every so many steps"})
     checkpoint_rate: int = field(default=1, metadata={"help": "with --save_methods epoch: every so many epochs"})
     eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: before and after only"})
+    save_total_limit: int = field(default=0, metadata={"help": "keep so many of the last checkpoints; 0: all"})
     resume: str = field(default="", metadata={"help": "folder of a run to go on with, from its last checkpoint"})
     policy_gradient: str = field(
         default="", metadata={"help": "sampled, or expected over all labels; default expected where it is possible"}
@@ -71,7 +77,9 @@ class PPOArguments(Arguments):
     reward_invalid: float = field(default=-3.0, metadata={"help": "reward of an answer that does not parse"})
     reward_number: float = field(default=2.5, metadata={"help": "STS-B: reward of an exact number; less the distance"})
     strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
-    tokens_per_micro_batch: int = field(default=256, metadata={"help": "tokens that go through the network at once"})
+    tokens_per_micro_batch: int | None = field(
+        default=None, metadata={"help": "tokens that go through the network at once; default by free memory"}
+    )
 
 
 def check(arguments: PPOArguments, task: Task) -> None:
@@ -90,21 +98,24 @@ def check(arguments: PPOArguments, task: Task) -> None:
         arguments.end_epoch = arguments.start_epoch + 1
     elif arguments.max_steps is None:
         arguments.max_steps = 0  # who asks for epochs gets whole ones
-    for name, value in RECIPES[arguments.policy_gradient].items():
+    for name, value in RECIPES[arguments.answer_space, arguments.policy_gradient].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     one_of("save_methods", arguments.save_methods, ("step", "epoch"))
     for name in ("learning_rate", "value_learning_rate", "clip_range", "repeat_time", "save_freq", "checkpoint_rate",
                  "ppo_epochs", "num_minibatches", "tokens_per_micro_batch"):  # fmt: skip
-        if not getattr(arguments, name) > 0:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
-    for name in ("kl_coef", "entropy_coef", "value_coef", "max_steps", "eval_steps", "start_epoch", "warmup_steps"):
+    for name in ("kl_coef", "entropy_coef", "value_coef", "max_steps", "eval_steps", "start_epoch", "warmup_steps",
+                 "save_total_limit"):  # fmt: skip
         if getattr(arguments, name) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
     if arguments.end_epoch <= arguments.start_epoch:
         raise ArgumentError(
             f"--end_epoch {arguments.end_epoch} must be greater than --start_epoch {arguments.start_epoch}"
         )
+    divisible(arguments)
     if arguments.batch_sentence_num % arguments.num_minibatches:
         raise ArgumentError(
             f"--batch_sentence_num {arguments.batch_sentence_num} cannot be divided into --num_minibatches "
@@ -114,26 +125,36 @@ def check(arguments: PPOArguments, task: Task) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PPOArguments, __doc__.splitlines()[0], argv)
-    with clear_errors("ppo.py"):
-        task = get_task(arguments.task)
-        check(arguments, task)
-        place = splits.place(task, arguments.data_path)
-        task = splits.labelled(task, place)
-        train, held_out = splits.train_and_held_out(task, place, arguments.eval_size, arguments.seed)
-        if len(train) < arguments.batch_sentence_num:
-            raise ArgumentError(
-                f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(train)} training rows of "
-                f"{task.name}; lower it"
-            )
-        tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
-        model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
-        problem = Engine(model, tokenizer).check()
-        settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
-        train_prompts, shortened = prompts.build_all(task, train, **settings)
-        held_out_prompts, shortened_held_out = prompts.build_all(task, held_out, **settings)
-        folder = (
-            Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, task, arguments.learning_rate)
+    with faults.guard("ppo.py") as guard:
+        train_on_task(arguments, guard)
+
+
+def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
+    """A whole run: load, build, train, evaluate. What goes wrong, `guard` turns into one sentence."""
+    task = get_task(arguments.task)
+    check(arguments, task)
+    place = splits.place(task, arguments.data_path)
+    task = splits.labelled(task, place)
+    train, held_out = splits.train_and_held_out(task, place, arguments.eval_size, arguments.seed)
+    if len(train) < arguments.batch_sentence_num:
+        raise ArgumentError(
+            f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(train)} training rows of "
+            f"{task.name}; lower it"
         )
+    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
+    model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
+    tokens = arguments.max_prompt_length + arguments.max_response_length
+    evaluation.check_length(model, arguments.train_model_name, tokens)
+    if arguments.answer_space == "labels":
+        evaluation.label_trie(task, tokenizer)  # labels that this model cannot tell apart are refused now
+    problem = Engine(model, tokenizer).check()
+    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model)
+    settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
+    train_prompts, shortened = prompts.build_all(task, train, **settings)
+    held_out_prompts, shortened_held_out = prompts.build_all(task, held_out, **settings)
+    run = runs.open_run(arguments, task, train, held_out, arguments.learning_rate)
+    folder = guard.folder = run.folder
+    guard.at_exit.append(lambda code: run.close())
     transformers.set_seed(arguments.seed)
     print(models.device_line())
     print(
@@ -148,13 +169,17 @@ def main(argv: list[str] | None = None) -> None:
     format_ = {"strict_format": arguments.strict_format, "use_CoT": arguments.use_CoT}
 
     def evaluate(engine) -> dict[str, float]:
-        predictions = evaluation.predict(
+        found = evaluation.predict(
             engine, task, held_out_prompts, arguments.answer_space, arguments.max_response_length, **format_
         )
-        return evaluation.score(task, held_out, predictions)
+        first = not tracking.evaluations(folder)
+        predictions.write(folder, task, held_out, held_out_prompts, found, tokenizer, first)
+        return evaluation.score(task, held_out, found)
 
     config = trainer_config(arguments, folder, len(train))
     progress = tracking.RunCallback(folder, task, tokenizer)
+    dashboards = tracking.wandb_callbacks(arguments.report_to, progress)
+    guard.at_exit += [dashboard.close for dashboard in dashboards]
     masked = arguments.answer_space == "labels"
     trainer = PPOTrainer(
         model,
@@ -179,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
         link=evaluation.judgement_link(tokenizer),
         compute_metrics=evaluate,
-        callbacks=[progress, *tracking.table_callbacks(arguments.report_to, progress)],
+        callbacks=[guard, progress, *dashboards],
         on_save=lambda checkpoint: models.save_start_adapter(
             arguments.train_model_name, arguments.from_local, checkpoint
         ),
@@ -189,15 +214,11 @@ def main(argv: list[str] | None = None) -> None:
     trainer.engine.plain = problem is not None
     if problem:
         print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
-    checkpoint = trainer.last_checkpoint() if arguments.resume else None
-    if checkpoint:
-        print(f"Going on from {checkpoint}")
-    tracking.trim_history(folder, trainer.step_of(checkpoint))
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except TrainingError as error:
-        raise SystemExit(f"ppo.py: stopped: {error}") from error
-    finish(arguments, task, folder, trainer, train)
+    if run.checkpoint:
+        print(f"Going on from {run.checkpoint}")
+    trainer.train_from(run.checkpoint)
+    guard.trained(trainer)
+    finish(arguments, task, folder, trainer, train, held_out)
 
 
 def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfig:
@@ -210,7 +231,7 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
         output_dir=str(folder),
         run_name=folder.name,
         seed=arguments.seed,
-        per_device_train_batch_size=arguments.batch_sentence_num,
+        per_device_train_batch_size=divisible(arguments),
         dataloader_drop_last=True,
         max_steps=steps,
         learning_rate=arguments.learning_rate,
@@ -223,6 +244,7 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
         eval_on_start=not tracking.evaluations(folder),
         save_strategy="steps",
         save_steps=min(save_every, steps),
+        save_total_limit=arguments.save_total_limit or None,
         report_to=tracking.prepare_reporting(arguments.report_to, folder),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
@@ -245,22 +267,27 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
     )
 
 
-def finish(arguments: PPOArguments, task: Task, folder: Path, trainer: PPOTrainer, train: list[dict]) -> None:
+def finish(
+    arguments: PPOArguments, task: Task, folder: Path, trainer: PPOTrainer, train: list[dict], held_out: list[dict]
+) -> None:
     """Write summary.json, and say what came out, where it lies and how to evaluate it."""
-    if tracking.evaluations(folder)[-1]["step"] != trainer.state.global_step:
+    if processes.from_main(lambda: tracking.evaluations(folder)[-1]["step"]) != trainer.state.global_step:
         trainer.evaluate()
+    if not processes.is_main():
+        return
     history = tracking.evaluations(folder)
     moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
     samples = trainer.state.global_step * arguments.batch_sentence_num * trainer.samples_per_prompt
     runs.write_summary(
         folder, "ppo", task, replace(arguments), moments, samples, tracking.train_seconds(folder),
         data_hash=runs.data_hash(train), steps=trainer.state.global_step,
-        best_step=moments["best"]["step"],
+        best_step=moments["best"]["step"], **predictions.details(folder, task, held_out, arguments.data_path),
     )  # fmt: skip
     print(tracking.before_after_table(moments))
     best = folder / "best"
     print(
-        f"\nEverything lies in {folder}: best/ (the best checkpoint), history.jsonl, summary.json.\nEvaluate it:\n"
+        f"\nEverything lies in {folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, summary.json.\n"
+        f"Evaluate it:\n"
         f"  bash scripts/inference.sh --task {task.name} --answer_space {arguments.answer_space} --from_local True "
         f"--train_model_name {best}"
     )

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+import processes
 from checkpoints import RunTrainer, TrainingError
-from engine import MASKED, Answer, Engine, LabelTrie, Tree
+from engine import MASKED, Answer, Engine, LabelTrie, Tree, row_seeds
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 KL_SAMPLE = 4  # prompts on which the KL is measured when it is not part of the reward
@@ -65,11 +66,15 @@ def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> 
     return advantages, [a + v for a, v in zip(advantages, values)]
 
 
-def whiten(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance; fewer than two values, or values that are all equal, are left as they are."""
-    if x.numel() < 2 or float(x.std()) < 1e-6:
+def whiten(x: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
+    """x, scaled so that `among` (default x itself) has zero mean and unit variance.
+
+    Fewer than two values, or values that are all equal, leave it as it is.
+    """
+    among = x if among is None else among
+    if among.numel() < 2 or float(among.std()) < 1e-6:
         return x
-    return (x - x.mean()) / x.std()
+    return (x - among.mean()) / among.std()
 
 
 def against_siblings(
@@ -199,10 +204,10 @@ class PPOTrainer(RunTrainer, Trainer):
     ):
         if args.answer_space == "labels" and len(label_words) < 2:
             raise ValueError("answer_space='labels' needs at least two label_words; use answer_space='free'")
-        if args.per_device_train_batch_size % args.num_minibatches:
+        prompts_per_step = args.per_device_train_batch_size * processes.count()
+        if prompts_per_step % args.num_minibatches:
             raise ValueError(
-                f"{args.per_device_train_batch_size} prompts per step cannot be divided into "
-                f"{args.num_minibatches} minibatches"
+                f"{prompts_per_step} prompts per step cannot be divided into {args.num_minibatches} minibatches"
             )
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         self.label_words, self.completion, self.stop, self.credit = tuple(label_words), completion, stop, credit
@@ -221,6 +226,7 @@ class PPOTrainer(RunTrainer, Trainer):
         nn.init.zeros_(head.bias)
         model.add_module("value_head", head)
         args.remove_unused_columns = False
+        args._n_gpu = min(args.n_gpu, 1)  # one process drives one card; several cards take several processes
         super().__init__(
             model=model,
             args=args,
@@ -273,6 +279,8 @@ class PPOTrainer(RunTrainer, Trainer):
         """Roll out, then update; the last update's optimizer step is left to Trainer. Returns the mean loss."""
         model.eval()  # dropout would make the ratio differ from 1 on the first pass
         started, tokens = time.perf_counter(), self.engine.tokens_computed
+        # Of all processes' rows this one has those from `first` on; the draws are the same for any number of processes.
+        self.first = processes.number() * len(inputs["rows"])
         self.generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         rows = inputs["rows"]
         prompts = [self._prompt_ids(row) for row in rows]
@@ -296,8 +304,8 @@ class PPOTrainer(RunTrainer, Trainer):
         seconds = time.perf_counter() - started
         self._step_metrics |= {
             "time/seconds_per_step": seconds,
-            "time/samples_per_second": len(rows) * self.samples_per_prompt / seconds,
-            "time/tokens_per_second": (self.engine.tokens_computed - tokens) / seconds,
+            "time/samples_per_second": processes.count() * len(rows) * self.samples_per_prompt / seconds,
+            "time/tokens_per_second": sum(processes.together([self.engine.tokens_computed - tokens])) / seconds,
         }
         return loss
 
@@ -310,29 +318,43 @@ class PPOTrainer(RunTrainer, Trainer):
             return list(row["prompt_ids"])
         return self.processing_class(row["prompt"], add_special_tokens=False).input_ids
 
-    def _updates(self, count: int, update: Callable[[list[int]], dict]) -> dict[str, float]:
-        """Call `update(prompt numbers)`, which adds up gradients, for every minibatch of every pass over the rollout.
+    def _updates(self, count: int, update: Callable[[list[int], list[int]], dict]) -> dict[str, float]:
+        """Every update of every pass over the rollout: its gradient, the sum over all processes, an optimizer step.
 
-        Between one update and the next is an optimizer step; the last one's is left to Trainer. Returns the sums of the
-        figures that the updates return. An update that runs out of memory is begun again with smaller micro-batches.
+        `update(mine, all)` adds up the gradient of a minibatch and returns sums of figures. `all` are the minibatch's
+        prompts, numbered over all processes, `mine` those that are here, numbered from 0 to `count`. The last optimizer
+        step is left to Trainer. An update that runs out of memory is begun again with smaller micro-batches. Returns
+        the figures, summed over all updates and processes.
         """
-        size, total = count // self.args.num_minibatches, self.args.ppo_epochs * self.args.num_minibatches
+        everything = count * processes.count()
+        size, total = everything // self.args.num_minibatches, self.args.ppo_epochs * self.args.num_minibatches
+        shuffle = torch.Generator().manual_seed(self.generator.initial_seed())
         order: list[int] = []
         sums: dict = {}
         for number in range(total):
             if not order:
-                order = torch.randperm(count, generator=self.generator).tolist() if total > 1 else list(range(count))
+                order = list(range(everything))
+                order = torch.randperm(everything, generator=shuffle).tolist() if total > 1 else order
             if number:
                 self._clip_grad_norm(self.model)
                 self.optimizer.step()
             minibatch, order = order[:size], order[size:]
+            mine = [i - self.first for i in minibatch if 0 <= i - self.first < count]
 
-            def from_zero(minibatch=minibatch) -> dict:
+            def from_zero(mine=mine, minibatch=minibatch) -> dict:
                 self.model.zero_grad()
-                return update(minibatch)
+                return update(mine, minibatch)
 
             add(sums, self.engine.shrinking(from_zero))
-        return {name: float(value) for name, value in sums.items()}
+            processes.add_gradients(self.model.parameters())
+        totals: dict = {}
+        for part in processes.together([{name: float(value) for name, value in sums.items()}]):
+            add(totals, part)
+        return totals
+
+    def _measured(self, count: int) -> int:
+        """On how many of the `count` prompts here the reference is asked: all, or the first few of all processes."""
+        return count if self.args.kl_coef else min(max(KL_SAMPLE - self.first, 0), count)
 
     # ------------------------------------------------------------------------------- expected: all labels, no samples
 
@@ -345,7 +367,7 @@ class PPOTrainer(RunTrainer, Trainer):
         args, trie = self.args, self.trie
         trees = [trie.tree] * len(prompts)
         rewards = self._label_rewards(rows).to(args.device)  # (prompts, labels)
-        measured = len(prompts) if args.kl_coef else min(KL_SAMPLE, len(prompts))
+        measured = self._measured(len(prompts))
         reference = torch.zeros_like(rewards)
         with torch.no_grad():
             for i, states in enumerate(self.engine.states(prompts[:measured], trees[:measured], reference=True)):
@@ -353,11 +375,10 @@ class PPOTrainer(RunTrainer, Trainer):
         old = torch.zeros_like(rewards)
         known = torch.zeros(len(rows), dtype=torch.bool)
 
-        def update(minibatch: list[int]) -> dict:
+        def update(mine: list[int], minibatch: list[int]) -> dict:
             sums: dict = {}
-            batches = self.engine.training_batches([prompts[i] for i in minibatch], [trees[i] for i in minibatch])
-            for places, states in batches:
-                index = torch.tensor([minibatch[p] for p in places])
+            for places, states in self.engine.training_batches([prompts[i] for i in mine], [trees[i] for i in mine]):
+                index = torch.tensor([mine[p] for p in places])
                 new = self._label_log_probs(states)  # (rows, labels)
                 fresh = index[~known[index]]
                 if len(fresh):
@@ -379,15 +400,20 @@ class PPOTrainer(RunTrainer, Trainer):
             return sums
 
         sums = self._updates(len(prompts), update)
-        passes = args.ppo_epochs * len(prompts)
+        passes = args.ppo_epochs * len(prompts) * processes.count()
         chance = old.exp()
+        correct = self._expected_correct(rows, chance)
+        drift = (chance * (old - reference)).sum(-1)[:measured]
+        here = chance, rewards, drift, correct
+        chance, all_rewards, drift, correct = (torch.cat(processes.together([x.cpu()])) for x in here)
+        reward = (chance * all_rewards).sum(-1)
         self._log_step(
-            reward=(chance * rewards).sum(-1),
-            kl=float((chance * (old - reference)).sum(-1)[:measured].mean()),
+            reward=reward,
+            kl=float(drift.mean()),
             entropy=sums["entropy"] / passes,
             shares={word: float(share) for word, share in zip(self.label_words, chance.mean(0))},
-            accuracy=self._expected_accuracy(rows, chance),
-            spread=float((chance * (rewards - (chance * rewards).sum(-1, keepdim=True)) ** 2).sum(-1).mean().sqrt()),
+            accuracy=float(correct.mean()) if len(correct) else None,
+            spread=float((chance * (all_rewards - reward[:, None]) ** 2).sum(-1).mean().sqrt()),
         )
         self._step_metrics |= {
             "policy/clip_fraction": sums["clip"] / passes,
@@ -400,12 +426,13 @@ class PPOTrainer(RunTrainer, Trainer):
         ]
         return sums["loss"] / passes
 
-    def _expected_accuracy(self, rows: list[dict], chance: torch.Tensor) -> float | None:
+    def _expected_correct(self, rows: list[dict], chance: torch.Tensor) -> torch.Tensor:
+        """(prompts,) probability of a correct label; empty if `is_correct` was not given."""
         if self.is_correct is None:
-            return None
+            return torch.zeros(0)
         texts = [self.completion(word) for word in self.label_words]
         correct = [[float(self.is_correct(text, True, row)) for text in texts] for row in rows]
-        return float((chance.cpu() * torch.tensor(correct)).sum(-1).mean())
+        return (chance.cpu() * torch.tensor(correct)).sum(-1)
 
     def _label_log_probs(self, states: torch.Tensor) -> torch.Tensor:
         """(rows, nodes, hidden) states of the trie's nodes -> (rows, labels) log-probabilities of whole labels."""
@@ -422,7 +449,8 @@ class PPOTrainer(RunTrainer, Trainer):
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "completions"}
         totals = [0.0] * len(completions)
         for function in self.reward_funcs:
-            values = function(completions=completions, **columns)
+            with self.named_failure(f"the reward function {getattr(function, '__name__', function)}"):
+                values = function(completions=completions, **columns)
             if len(values) != len(completions) or not all(math.isfinite(v) for v in values):
                 raise TrainingError(
                     f"the reward function {getattr(function, '__name__', function)} must return one finite number per "
@@ -441,20 +469,20 @@ class PPOTrainer(RunTrainer, Trainer):
         for action, prompt in enumerate(rollout.prompt.tolist()):
             by_prompt[prompt].append(action)
 
-        def update(minibatch: list[int]) -> dict:
-            total = sum(len(by_prompt[i]) for i in minibatch)
-            sums = {"actions": total}
-            batches = self.engine.training_batches(
-                [prompts[i] for i in minibatch], [rollout.trees[i] for i in minibatch]
-            )
+        actions_of = processes.together([len(actions) for actions in by_prompt])  # per prompt, of all processes
+
+        def update(mine: list[int], minibatch: list[int]) -> dict:
+            total = sum(actions_of[i] for i in minibatch)
+            sums = {"actions": sum(len(by_prompt[i]) for i in mine)}
+            batches = self.engine.training_batches([prompts[i] for i in mine], [rollout.trees[i] for i in mine])
             for places, states in batches:
-                actions = [(place, a) for place, p in enumerate(places) for a in by_prompt[minibatch[p]]]
+                actions = [(place, a) for place, p in enumerate(places) for a in by_prompt[mine[p]]]
                 index = torch.tensor([a for _, a in actions], device=args.device)
                 place = torch.tensor([p for p, _ in actions], device=args.device)
                 # Samples that agree so far share a state: its distribution is computed once.
                 pairs, line = torch.unique(torch.stack([place, rollout.node[index]]), dim=1, return_inverse=True)
                 at_node = states[pairs[0], pairs[1]]  # (states, hidden)
-                allowed = [rollout.trees[minibatch[places[p]]].allowed.get(n) for p, n in pairs.T.tolist()]
+                allowed = [rollout.trees[mine[places[p]]].allowed.get(n) for p, n in pairs.T.tolist()]
                 log_probs = self._log_softmax(at_node, allowed, pairs[1])  # (states, columns)
                 new = log_probs[line, rollout.column[index]]  # (actions,)
                 values = self.values(at_node)[line]
@@ -481,7 +509,9 @@ class PPOTrainer(RunTrainer, Trainer):
             "policy/approx_kl": mean["approx_kl"],
             "policy/ratio": mean["ratio"],
             "value/loss": mean["value_loss"],
-            "value/explained_variance": explained_variance(rollout.values, rollout.returns),
+            "value/explained_variance": explained_variance(
+                *(torch.cat(processes.together([x.cpu()])) for x in (rollout.values, rollout.returns))
+            ),
         }
         return mean["loss"]
 
@@ -519,7 +549,8 @@ class PPOTrainer(RunTrainer, Trainer):
         old, values = torch.cat(old), torch.cat(values)
         kl = self._kl(prompts, trees, prompt, node, column, old)
         rewards, start = (-args.kl_coef * kl).tolist(), 0
-        equal = max(scores) - min(scores) < 1e-6
+        all_scores = processes.together(scores)
+        equal = max(all_scores) - min(all_scores) < 1e-6
         starts = []
         for (_, answer), score in zip(flat, scores):
             rewards[start + self._credited(answer)] += score
@@ -539,9 +570,9 @@ class PPOTrainer(RunTrainer, Trainer):
                     args.gamma, args.lam)[0]]
             )  # fmt: skip
         elif args.lam == 1.0 and args.samples_per_prompt > 1:
-            advantages = whiten(against_siblings(advantages, returns, prompt, node))
+            advantages = self._whiten(against_siblings(advantages, returns, prompt, node))
         else:
-            advantages = whiten(advantages)
+            advantages = self._whiten(advantages)
         self._log_rollout(rows, prompts, flat, scores, kl, equal)
         device = args.device
         return Rollout(
@@ -549,28 +580,32 @@ class PPOTrainer(RunTrainer, Trainer):
             advantages.to(device), returns.to(device),
         )  # fmt: skip
 
+    def _whiten(self, advantages: torch.Tensor) -> torch.Tensor:
+        """Whitened over the rollouts of all processes."""
+        return whiten(advantages, torch.cat(processes.together([advantages])))
+
     def _answer(self, prompts: list[list[int]]) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
         """Trees, sampled answers and states per prompt, in free mode by generation, in labels mode by the trie."""
         args = self.args
         if self.trie is None or args.use_CoT:
+            draws = args.temperature, self.generator, self.first
             trees, answers, states = self.engine.generate(
-                prompts, self.stop, args.max_response_length, args.samples_per_prompt, args.temperature, self.generator
+                prompts, self.stop, args.max_response_length, args.samples_per_prompt, *draws
             )
             if self.trie is not None:
                 words = tuple(self.completion(word) for word in self.label_words)
-                states = self.engine.judge(
-                    prompts, trees, answers, self.trie, words, self.link, args.temperature, self.generator
-                )
+                states = self.engine.judge(prompts, trees, answers, self.trie, words, self.link, *draws)
             return trees, answers, states
         trees = [self.trie.tree] * len(prompts)
         states = self.engine.states(prompts, trees)
         answers = []
-        for state in states:
+        for state, seed in zip(states, row_seeds(len(prompts), self.generator, self.first)):
+            stream = torch.Generator().manual_seed(seed)
             logits = self.engine.logits(state, self.trie.vocabulary)
             log_probs = self.trie.log_probs(logits, args.temperature).cpu()
             group = []
             for _ in range(args.samples_per_prompt):
-                label, path = self.trie.choose(log_probs, self.generator)
+                label, path = self.trie.choose(log_probs, stream)
                 tokens = [self.trie.vocabulary[column] for _, column in path]
                 text = self.completion(self.label_words[label])
                 group.append(Answer(tokens, [n for n, _ in path], True, text, label))
@@ -588,15 +623,16 @@ class PPOTrainer(RunTrainer, Trainer):
 
     def _kl(self, prompts, trees, prompt, node, column, old) -> torch.Tensor:
         """(actions,) log-probability less the reference's (k1); on a few prompts if it is no part of the reward."""
-        measured = len(prompts) if self.args.kl_coef else min(KL_SAMPLE, len(prompts))
+        measured = self._measured(len(prompts))
         kl = torch.zeros_like(old)
         states = self.engine.states(prompts[:measured], trees[:measured], reference=True)
         for p, state in enumerate(states):
             mine = (prompt == p).nonzero()[:, 0]
             log_probs = self.log_distribution(state, trees[p], list(range(len(state))))
             kl[mine] = old[mine] - log_probs[node[mine], column[mine]]
-        actions = int((prompt < measured).sum())
-        self._step_metrics["objective/kl"] = float(kl.sum()) / max(actions, 1)
+        measures = processes.together([(float(kl.sum()), int((prompt < measured).sum()))])
+        total, actions = (sum(numbers) for numbers in zip(*measures))
+        self._step_metrics["objective/kl"] = total / max(actions, 1)
         return kl
 
     # ------------------------------------------------------------------------------------------------------- logging
@@ -606,22 +642,22 @@ class PPOTrainer(RunTrainer, Trainer):
             {"prompt": prompts[p], "answer": answer.text, "reward": score, "row": rows[p]}
             for (p, answer), score in zip(flat, scores)
         ]
-        counts: dict[str, int] = {}
-        for _, answer in flat:
-            word = self._answered(answer)
-            counts[word] = counts.get(word, 0) + 1
+        about = [
+            (score, self._answered(answer), len(answer.tokens),
+             self.is_correct and self.is_correct(answer.text, answer.ended, rows[p]))
+            for (p, answer), score in zip(flat, scores)
+        ]  # fmt: skip
+        scores, words, lengths, correct = zip(*processes.together(about))
         self._log_step(
             reward=torch.tensor(scores),
             kl=self._step_metrics["objective/kl"],
             entropy=0.0,
-            shares={word: count / len(flat) for word, count in counts.items()},
-            accuracy=None
-            if self.is_correct is None
-            else sum(self.is_correct(a.text, a.ended, rows[p]) for p, a in flat) / len(flat),
+            shares={word: words.count(word) / len(words) for word in dict.fromkeys(words)},
+            accuracy=sum(correct) / len(correct) if self.is_correct else None,
             spread=float(torch.tensor(scores).std()) if len(scores) > 1 else 0.0,
         )
         self._step_metrics["policy/equal_rewards"] = float(equal)
-        self._step_metrics["objective/response_length"] = sum(len(a.tokens) for _, a in flat) / len(flat)
+        self._step_metrics["objective/response_length"] = sum(lengths) / len(lengths)
 
     def _answered(self, answer: Answer) -> str:
         """Which of the label words an answer gives: `invalid` if none, `other` for a number that is not listed."""
@@ -689,7 +725,8 @@ class PPOTrainer(RunTrainer, Trainer):
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         labels = [row.get("label") for row in rows]
-        return StratifiedSampler([round(x) if isinstance(x, float) else x for x in labels], self.args.seed)
+        first = self.args.seed + self.args.epoch_offset  # epoch n has one order, whichever run it is in
+        return StratifiedSampler([round(x) if isinstance(x, float) else x for x in labels], first)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -8,7 +8,6 @@ trl's SFTTrainer (sft_trainer.py) on token ids: a prompt has exactly the ids tha
 those that it reads.
 """
 
-import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,16 @@ import transformers
 from datasets import Dataset, concatenate_datasets
 
 import evaluation
+import faults
 import models
+import predictions
+import processes
 import prompts
 import rewards
 import runs
 import splits
 import tracking
-from arguments import ArgumentError, Arguments, clear_errors, get_tasks, one_of, parse
-from checkpoints import TrainingError
+from arguments import ArgumentError, Arguments, divisible, get_tasks, one_of, parse
 from engine import Engine
 from sft_trainer import IGNORED, Finetuner, RunConfig
 from tasks import Task
@@ -59,6 +60,7 @@ class SFTArguments(Arguments):
     checkpoint_rate: int = field(default=1, metadata={"help": "with --save_methods epoch: every so many epochs"})
     eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: before and after only"})
     do_sample: bool = field(default=False, metadata={"help": "True: evaluation samples at --model_temperature"})
+    save_total_limit: int = field(default=0, metadata={"help": "keep so many of the last checkpoints; 0: all"})
     resume: str = field(default="", metadata={"help": "folder of a run to go on with, from its last checkpoint"})
 
 
@@ -78,6 +80,7 @@ def check(arguments: SFTArguments) -> list[tuple[Task, str | None]]:
     one_of("answer_space", arguments.answer_space, evaluation.ANSWER_SPACES)
     one_of("save_methods", arguments.save_methods, ("step", "epoch"))
     one_of("loss_on", arguments.loss_on, ("answer", "full"))
+    divisible(arguments)
     if arguments.use_CoT:
         raise ArgumentError(
             "--use_CoT True: the data holds no analyses to learn from; leave it at False, or use ppo.py"
@@ -87,7 +90,7 @@ def check(arguments: SFTArguments) -> list[tuple[Task, str | None]]:
     for name in ("learning_rate", "lines_per_file", "repeat_time", "save_freq", "checkpoint_rate"):
         if not getattr(arguments, name) > 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
-    for name in ("max_steps", "eval_steps", "start_epoch"):
+    for name in ("max_steps", "eval_steps", "start_epoch", "save_total_limit"):
         if (getattr(arguments, name) or 0) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
     if arguments.end_epoch is None:
@@ -150,17 +153,24 @@ def dataset(arguments: SFTArguments, parts: list[Part], tokenizer) -> tuple[Data
     return concatenate_datasets(tables * arguments.repeat_time), shortened
 
 
-def evaluator(arguments: SFTArguments, parts: list[Part], episodes: list[dict]):
+def folder_of(part: Part, parts: list[Part], folder: Path) -> Path:
+    """Where the answers to a task's held-out rows are kept: of several tasks each has a folder inside the run's."""
+    return folder / runs.folder_of(part.task) if len(parts) > 1 else folder
+
+
+def evaluator(arguments: SFTArguments, parts: list[Part], episodes: list[dict], folder: Path):
     """`(engine) -> figures` on the held-out rows: of one task its metrics; of several each one's, and their means."""
 
     def evaluate(engine: Engine) -> dict[str, float]:
-        figures, scores = {}, []
+        figures, scores, first = {}, [], not tracking.evaluations(folder)
         episodes.clear()
         for part in parts:
             found = evaluation.predict(
                 engine, part.task, part.held_out_prompts, arguments.answer_space, arguments.max_response_length,
                 temperature=arguments.model_temperature if arguments.do_sample else 0.0, seed=arguments.seed,
             )  # fmt: skip
+            own = folder_of(part, parts, folder)
+            predictions.write(own, part.task, part.held_out, part.held_out_prompts, found, engine.tokenizer, first)
             scores.append(evaluation.score(part.task, part.held_out, found))
             figures |= {f"{part.task.name}/{name}": value for name, value in scores[-1].items()}
             for ids, row, prediction in list(zip(part.held_out_prompts, part.held_out, found))[:2]:
@@ -177,9 +187,9 @@ def evaluator(arguments: SFTArguments, parts: list[Part], episodes: list[dict]):
 def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfig:
     """RunConfig for these arguments; a step is one batch."""
     batch = arguments.batch_sentence_num
-    # With several processes SFTTrainer's own forward is needed: it is what brings their gradients together.
-    shared = arguments.loss_on == "answer" and int(os.environ.get("WORLD_SIZE", 1)) == 1
-    micro = batch if shared else next(size for size in range(min(MICRO_BATCH, batch), 0, -1) if batch % size == 0)
+    own = divisible(arguments)
+    shared = arguments.loss_on == "answer"
+    micro = own if shared else next(size for size in range(min(MICRO_BATCH, own), 0, -1) if own % size == 0)
     by_epochs = (arguments.end_epoch - arguments.start_epoch) * (rows // batch)
     steps = min(arguments.max_steps or by_epochs, by_epochs)
     save_every = (
@@ -190,8 +200,9 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
         output_dir=str(folder),
         run_name=folder.name,
         seed=arguments.seed,
+        data_seed=arguments.seed + arguments.start_epoch,  # epoch n has one order, whichever run it is in
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch // micro,
+        gradient_accumulation_steps=own // micro,
         dataloader_drop_last=True,
         max_steps=steps,
         learning_rate=arguments.learning_rate,
@@ -202,9 +213,10 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=min(arguments.eval_steps or steps, steps),
-        eval_on_start=not arguments.resume,
+        eval_on_start=not tracking.evaluations(folder),
         save_strategy="steps",
         save_steps=min(save_every, steps),
+        save_total_limit=arguments.save_total_limit or None,
         report_to=tracking.prepare_reporting(arguments.report_to, folder),
         disable_tqdm=True,
         use_cpu=not cuda,
@@ -221,20 +233,33 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(SFTArguments, __doc__.splitlines()[0], argv)
-    with clear_errors("sft.py"):
-        parts = load(arguments, check(arguments))
-        tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
-        table, shortened = dataset(arguments, parts, tokenizer)
-        if len(table) < arguments.batch_sentence_num:
-            raise ArgumentError(
-                f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(table)} training rows; "
-                "lower it"
-            )
-        model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
-        name = parts[0].task.name if len(parts) == 1 else arguments.task
-        if arguments.datafolder_path:
-            name = Path(arguments.datafolder_path).resolve().name
-        folder = Path(arguments.resume or runs.make_folder(arguments, name, arguments.learning_rate))
+    with faults.guard("sft.py") as guard:
+        train_on_tasks(arguments, guard)
+
+
+def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
+    """A whole run: load, build, train, evaluate. What goes wrong, `guard` turns into one sentence."""
+    parts = load(arguments, check(arguments))
+    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
+    table, shortened = dataset(arguments, parts, tokenizer)
+    if len(table) < arguments.batch_sentence_num:
+        raise ArgumentError(
+            f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(table)} training rows; lower it"
+        )
+    model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
+    tokens = arguments.max_prompt_length + arguments.max_response_length
+    evaluation.check_length(model, arguments.train_model_name, tokens)
+    if arguments.answer_space != "free":
+        for part in parts:
+            evaluation.label_trie(part.task, tokenizer)  # labels that this model cannot tell apart are refused now
+    name = parts[0].task.name if len(parts) == 1 else arguments.task
+    if arguments.datafolder_path:
+        name = Path(arguments.datafolder_path).resolve().name
+    train = [row for part in parts for row in part.train]
+    held_out = [row for part in parts for row in part.held_out]
+    run = runs.open_run(arguments, name, train, held_out, arguments.learning_rate)
+    folder = guard.folder = run.folder
+    guard.at_exit.append(lambda code: run.close())
     transformers.set_seed(arguments.seed)
     print(models.device_line())
     for part in parts:
@@ -242,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
     print(f"{arguments.train_model_name}, learning rate {arguments.learning_rate:g}; the run lies in {folder}")
     progress = tracking.RunCallback(folder, parts[0].task, tokenizer)
+    dashboards = tracking.wandb_callbacks(arguments.report_to, progress)
+    guard.at_exit += [dashboard.close for dashboard in dashboards]
     episodes: list[dict] = []
     trainer = Finetuner(
         model,
@@ -250,8 +277,8 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=table.select([0]),  # Trainer wants one; evaluate_with has the rows
         processing_class=tokenizer,
         peft_config=models.lora_config(),
-        callbacks=[progress, *tracking.table_callbacks(arguments.report_to, progress)],
-        evaluate_with=evaluator(arguments, parts, episodes),
+        callbacks=[guard, progress, *dashboards],
+        evaluate_with=evaluator(arguments, parts, episodes, folder),
         on_save=lambda checkpoint: models.save_start_adapter(
             arguments.train_model_name, arguments.from_local, checkpoint
         ),
@@ -262,35 +289,39 @@ def main(argv: list[str] | None = None) -> None:
     problem = trainer.engine.check()
     if problem:
         print(f"This model does not fit the shared-prefix forward ({problem}); evaluation uses the plain one.")
-    checkpoint = trainer.last_checkpoint() if arguments.resume else None
-    if checkpoint:
-        print(f"Going on from {checkpoint}")
-    tracking.trim_history(folder, trainer.step_of(checkpoint))
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except TrainingError as error:
-        raise SystemExit(f"sft.py: stopped: {error}") from error
+    if run.checkpoint:
+        print(f"Going on from {run.checkpoint}")
+    trainer.train_from(run.checkpoint)
+    guard.trained(trainer)
     finish(arguments, name, parts, folder, trainer)
 
 
 def finish(arguments: SFTArguments, name: str, parts: list[Part], folder: Path, trainer: Finetuner) -> None:
     """Write summary.json, and say what came out, where it lies and what can be done with it."""
-    if tracking.evaluations(folder)[-1]["step"] != trainer.state.global_step:
+    if processes.from_main(lambda: tracking.evaluations(folder)[-1]["step"]) != trainer.state.global_step:
         trainer.evaluate()
+    if not processes.is_main():
+        return
     history = tracking.evaluations(folder)
     moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
+    root = arguments.datafolder_path or arguments.data_path
+    details = {
+        part.task.name: predictions.details(folder_of(part, parts, folder), part.task, part.held_out, root)
+        for part in parts
+    }
     runs.write_summary(
         folder, "sft", parts[0].task if len(parts) == 1 else name, arguments, moments,
         trainer.state.global_step * arguments.batch_sentence_num, tracking.train_seconds(folder),
         data_hash=runs.data_hash([row for part in parts for row in part.train]), steps=trainer.state.global_step,
         best_step=moments["best"]["step"], tasks=[part.task.name for part in parts],
+        **(details[parts[0].task.name] if len(parts) == 1 else {"details": details}),
     )  # fmt: skip
     print(tracking.before_after_table(moments))
     best = folder / "best"
     asked = ",".join(part.task.name for part in parts)
     print(
-        f"\nEverything lies in {folder}: best/ (the best checkpoint), history.jsonl, summary.json.\nEvaluate it, or "
-        f"train on:\n"
+        f"\nEverything lies in {folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, summary.json.\n"
+        f"Evaluate it, or train on:\n"
         f"  bash scripts/inference.sh --task {asked} --from_local True --train_model_name {best}\n"
         f"  bash scripts/ppo.sh --task {parts[0].task.name} --from_local True --train_model_name {best}"
     )

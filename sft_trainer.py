@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
+import processes
 from checkpoints import RunTrainer, TrainingError
 from engine import Engine, Tree
 
@@ -61,7 +62,7 @@ class Finetuner(RunTrainer, SFTTrainer):
             answers.append(ids[-size:])
         # Node t of a row's tree is the state after t tokens of its answer, and predicts the next one.
         trees = [Tree([-1, *a[:-1]], [*range(-1, len(a) - 1)], [*range(len(a))]) for a in answers]
-        total = sum(map(len, answers))
+        total = sum(processes.together([sum(map(len, answers))]))  # answer tokens of all processes
         loss = correct = entropy = 0.0
         for rows, states in self.engine.training_batches(prompts, trees):
             places = [(place, t) for place, row in enumerate(rows) for t in range(len(answers[row]))]
@@ -76,9 +77,12 @@ class Finetuner(RunTrainer, SFTTrainer):
             with torch.no_grad():
                 correct += float((log_probs.argmax(-1) == gold).sum())
                 entropy += float(-(log_probs.exp() * log_probs).sum())
+        processes.add_gradients(self.model.parameters())
+        sums = processes.together([(float(loss), correct, entropy)])
+        loss, correct, entropy = (sum(part) for part in zip(*sums))
         self._metrics["train"]["mean_token_accuracy"].append(correct / total)
         self._metrics["train"]["entropy"].append(entropy / total)
-        return loss
+        return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's and SFTTrainer's figures under the names of the dashboards."""

@@ -1,9 +1,11 @@
 """What a person sees of a training run: the progress bar, a line per step, history.jsonl, and the dashboards."""
 
+import contextlib
 import importlib
 import json
 import netrc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -11,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from arguments import ArgumentError
 from tasks import Task
 
 EPISODES_SHOWN, EPISODES_EVERY = 2, 10  # so many sample episodes at step 1 and every so many steps
@@ -24,6 +27,7 @@ class RunCallback(TrainerCallback):
         self.folder, self.task, self.tokenizer = folder, task, tokenizer
         self.trainer = None  # set once the trainer exists
         self.bar = None
+        self.lines: int | None = None  # of history.jsonl, once it is written to
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -45,6 +49,7 @@ class RunCallback(TrainerCallback):
         figures = {name: value for name, value in logs.items() if name.startswith(GROUPS)}
         if not figures:
             return
+        self.lines = (len(history(self.folder)) if self.lines is None else self.lines) + 1
         append_history(self.folder, state.global_step, figures)
         self.say(step_line(state.global_step, state.max_steps, figures))
         trained = any(name.startswith(("objective/", "train/loss")) for name in figures)
@@ -92,24 +97,27 @@ def step_line(step: int, total: int, figures: dict[str, float]) -> str:
 
 
 def append_history(folder: Path, step: int, figures: dict[str, float]) -> None:
-    """One line of history.jsonl: the step and its figures."""
+    """One line of history.jsonl: the step and its figures; on the disk before the checkpoint that counts on it."""
     line = json.dumps({"step": step, **figures})
     with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def trim_history(folder: Path, step: int) -> None:
-    """Before a resume: drop the lines after the checkpoint's step, which will be written again."""
-    path = folder / "history.jsonl"
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        aside = path.with_suffix(".new")
-        aside.write_text("".join(line + "\n" for line in kept))
-        os.replace(aside, path)
+    """Before a resume: drop the lines after the checkpoint's step, which will be written again.
+
+    Raises ArgumentError for a line that cannot be read, unless it is the last one: a kill while it was written.
+    """
+    if (folder / "history.jsonl").exists():
+        aside = folder / ".new-history.jsonl"
+        aside.write_text("".join(json.dumps(line) + "\n" for line in history(folder) if line["step"] <= step))
+        os.replace(aside, folder / "history.jsonl")
 
 
 def prepare_reporting(report_to: str, folder: Path) -> list[str]:
-    """Set up the dashboards; returns Trainer's `report_to`.
+    """Set up the dashboards; returns Trainer's `report_to`, without wandb, which WandbRun writes to.
 
     Every tracker gets the figures under their own names: transformers would put `train/` before each. Without an API
     key wandb writes an offline run into the run's folder, which `wandb sync` uploads later.
@@ -118,14 +126,19 @@ def prepare_reporting(report_to: str, folder: Path) -> list[str]:
     if report_to == "none":
         return []
     if report_to == "wandb":
-        os.environ.setdefault("WANDB_DIR", str(folder))
         os.environ.setdefault("WANDB_PROJECT", "nlu")
         os.environ.setdefault("WANDB_SILENT", "true")
         if not _has_wandb_key():
             os.environ.setdefault("WANDB_MODE", "offline")
+        return []
     if report_to == "tensorboard":
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return [report_to]
+
+
+def wandb_folder(folder: Path) -> str:
+    """Where wandb keeps its files: the run's folder, unless the environment says another."""
+    return os.environ.get("WANDB_DIR") or str(folder)
 
 
 def _has_wandb_key() -> bool:
@@ -150,42 +163,119 @@ def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, f
                 writer.add_scalar(name, value, 0)
     elif report_to != "none":  # wandb, and trackio, which has the same calls
         dashboard = importlib.import_module(report_to)
-        project = os.environ.get("WANDB_PROJECT", "nlu")
-        dashboard.init(project=project, name=folder.name, config=config)
-        dashboard.log(figures)
-        dashboard.finish()
+        where = {"dir": wandb_folder(folder)} if report_to == "wandb" else {}
+        try:
+            dashboard.init(project=os.environ.get("WANDB_PROJECT", "nlu"), name=folder.name, config=config, **where)
+            dashboard.log(figures)
+            dashboard.finish()
+        except Exception as error:  # the work is done and written; a dashboard is no reason to fail
+            print(f"{report_to}: {first_line(error)}. The figures are in {folder}/summary.json.")
 
 
-class EpisodeTable(TrainerCallback):
-    """A wandb table of episodes that grows with every evaluation."""
+class WandbRun(TrainerCallback):
+    """The figures, and a table of episodes that grows with every evaluation, in one wandb run over all resumes.
+
+    Whatever fails in wandb costs one line of warning and the dashboard, never the run. A point's step is the number of
+    its line in history.jsonl: what is sent again after a resume falls on what is there already.
+    """
 
     def __init__(self, run_callback: RunCallback):
-        self.run_callback, self.rows = run_callback, []
+        self.run_callback, self.run, self.rows, self.failed = run_callback, None, [], False
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.run is not None or self.failed or not state.is_world_process_zero:
+            return
+        folder = self.run_callback.folder
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         import wandb
 
-        if wandb.run is None or not state.is_world_process_zero or self.run_callback.trainer is None:
-            return
+        def start(mode: str | None) -> None:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "nlu"), name=folder.name, id=about["id"], resume="allow",
+                config={name: about[name] for name in ("arguments", "versions", "data_hash", "task_version")},
+                mode=mode, reinit="finish_previous", dir=wandb_folder(folder),
+            )  # fmt: skip
+
+        try:
+            start(None)
+        except Exception as error:
+            self.run_callback.say(f"wandb: {first_line(error)}. The run is kept offline, for `wandb sync`.")
+            self._try(lambda: start("offline"))
+        self._try(lambda: self.run.define_metric("*", step_metric="train/global_step"))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        figures = {name: value for name, value in logs.items() if name.startswith(GROUPS)}
+        if figures:
+            self.on_train_begin(args, state, control)  # a finished run that goes on only evaluates
+            self._send(state.global_step, figures)
+
+    def on_evaluate(self, args, state, control, **kwargs):
         callback = self.run_callback
+        if self.run is None or callback.trainer is None:
+            return
         for episode in callback.trainer.episodes[:8]:
             prompt = callback.tokenizer.decode(episode["prompt"])
             gold = gold_text(episode.get("task", callback.task), episode["row"]["label"])
             self.rows.append([state.global_step, prompt, episode["answer"], gold, episode["reward"]])
-        table = wandb.Table(columns=["step", "prompt", "answer", "gold", "reward"], data=self.rows)
-        wandb.log({"episodes": table, "train/global_step": state.global_step})
+        columns = ["step", "prompt", "answer", "gold", "reward"]
+        table = importlib.import_module("wandb").Table(columns=columns, data=self.rows)
+        self._send(state.global_step, {"episodes": table})
+
+    def _send(self, step: int, figures: dict) -> None:
+        self._try(lambda: self.run.log({**figures, "train/global_step": step}, step=self.run_callback.lines))
+
+    def close(self, code: int = 0) -> None:
+        """Bring what was sent to its end; with another code than 0 the dashboard shows a run that broke off."""
+        if self.run is not None:
+            self._try(lambda: self.run.finish(exit_code=code))
+            self.run = None
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self.run is None and self.failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            if not self.failed:
+                self.run_callback.say(f"wandb: {first_line(error)}. The run goes on without it.")
+            self.run, self.failed = None, True
+            with contextlib.suppress(
+                Exception, SystemExit
+            ):  # else it fails once more, at the very end
+                importlib.import_module("wandb").teardown()
 
 
-def table_callbacks(report_to: str, run_callback: RunCallback) -> list[TrainerCallback]:
-    """The episode table, where there is a dashboard that shows tables."""
-    return [EpisodeTable(run_callback)] if report_to == "wandb" else []
+def first_line(error: Exception) -> str:
+    """An error's message without what follows its first line; its kind if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def wandb_callbacks(report_to: str, run_callback: RunCallback) -> list[TrainerCallback]:
+    """What writes to wandb, if that is the dashboard."""
+    return [WandbRun(run_callback)] if report_to == "wandb" else []
 
 
 def history(folder: Path) -> list[dict]:
-    """The lines of history.jsonl; none before the first evaluation."""
-    if not (folder / "history.jsonl").exists():
+    """The lines of history.jsonl; none before the first evaluation. A last line that was cut off is left out.
+
+    Raises ArgumentError for any other line that is no JSON object with a step.
+    """
+    path = folder / "history.jsonl"
+    if not path.exists():
         return []
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    found, texts = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            line["step"] + 0  # a number, in an object
+        except (ValueError, TypeError, KeyError):
+            if number == len(texts):
+                break
+            raise ArgumentError(
+                f"{path}, line {number} is broken ({text[:40]!r}); put it right, or remove this line and all after it"
+            ) from None
+        found.append(line)
+    return found
 
 
 def evaluations(folder: Path) -> list[dict[str, float]]:

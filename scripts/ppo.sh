@@ -49,6 +49,7 @@ options=(
     # --save_methods epoch            # save by step or by epoch
     # --save_freq 150                 # with step: save every so many steps
     # --checkpoint_rate 1             # with epoch: save every so many epochs
+    # --save_total_limit 3            # keep the last three checkpoints and the best; 0: all
     # --resume model/run              # go on from this run's last checkpoint
     # --report_to none                # none, wandb, tensorboard or trackio
 )

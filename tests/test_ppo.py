@@ -149,7 +149,9 @@ def output(folder: Path) -> str:
 def test_a_run_with_labels_leaves_a_summary_a_history_and_checkpoints(processes, tiny_folder):
     folder = processes["labels"]
     summary, history = read(folder)
-    assert names(folder) == {"arguments.json", "summary.json", "history.jsonl", "best", "step-4", "step-8", "step-10"}
+    written = {".lock", "run.json", "arguments.json", "summary.json", "history.jsonl"}
+    written |= {"predictions-before.jsonl", "predictions.jsonl"}
+    assert names(folder) == {*written, "best", "step-4", "step-8", "step-10"}
     # command line over YAML over defaults
     given = summary["arguments"]
     assert (given["max_steps"], given["learning_rate"], given["seed"], given["batch_sentence_num"]) == (10, 1e-3, 3, 8)
@@ -184,7 +186,7 @@ def test_a_checkpoint_is_whole(processes):
     for name in ("step-4", "step-10"):
         assert files | resumable <= names(processes["labels"] / name)
     assert files <= names(processes["labels"] / "best")
-    assert not [path for path in processes["labels"].rglob(".*")]
+    assert [path.name for path in processes["labels"].rglob(".*")] == [".lock"]
 
 
 def test_what_is_printed_is_readable(processes):

@@ -146,9 +146,9 @@ def trained(model_folder, data_root, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_checkpoints_history_and_summary(trained):
-    assert {"step-2", "step-4", "best", "history.jsonl", "summary.json", "arguments.json"} == {
-        path.name for path in trained.iterdir()
-    }
+    files = {".lock", "run.json", "history.jsonl", "summary.json", "arguments.json"}
+    files |= {"predictions-before.jsonl", "predictions.jsonl"}
+    assert {"step-2", "step-4", "best", *files} == {path.name for path in trained.iterdir()}
     for name in ("step-2", "step-4", "best"):
         inside = {path.name for path in (trained / name).iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= inside

@@ -1,0 +1,86 @@
+"""Several processes on one run (accelerate launch, torchrun): who has which share, and what is brought together.
+
+With a single process the same calls give back what they are given.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed
+
+T = TypeVar("T")
+
+
+def _state() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())  # on a CPU they talk by gloo
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _state().num_processes
+
+
+def number() -> int:
+    """Which of them this one is, from 0."""
+    return _state().process_index
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return number() == 0
+
+
+def quiet_others() -> None:
+    """From here on only the main process writes to standard output."""
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def share(size: int) -> slice:
+    """This process's part of `size` rows: the parts lie one behind the other and differ by at most one row."""
+    bounds = [size * i // count() for i in (number(), number() + 1)]
+    return slice(*bounds)
+
+
+def together(items: list[T]) -> list[T]:
+    """The items of all processes, the first process's first. Every process must call this, and gets them all."""
+    return gather_object(items) if count() > 1 else items
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make()` returns, or raises, in the main process; the others do not call it and get the same."""
+    if count() == 1:
+        return make()
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = make()
+        except Exception as error:  # the others wait for an answer, whatever it is
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def add_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its sum over all processes. A process without a gradient counts as zero."""
+    if count() == 1:
+        return
+    kept = [p for p in parameters if p.requires_grad]
+    for parameter in kept:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in kept:
+        by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_type.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not one per weight
+        distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,114 @@
+"""Two processes on one run (gloo) against one process with the same batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "scripts" / "accelerate" / "processes.yaml"))
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+
+
+def launch(
+    processes: int, script: str, *options: str, check: bool = True, **environment
+) -> subprocess.CompletedProcess:
+    launcher = [*LAUNCH, "--num_processes", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), "--report_to", "none", *options]
+    done = subprocess.run(
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600, cwd=ROOT
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def figures(folder: Path) -> list[dict]:
+    """history.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{n: v for n, v in line.items() if not n.startswith("time/") and n != "eval/seconds"} for line in lines]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    first, second = figures(one), figures(two)
+    assert [sorted(line) for line in first] == [sorted(line) for line in second]
+    for line, other in zip(first, second):
+        assert other == pytest.approx(line, rel=2e-3, abs=2e-4)
+    weights, others = (load_file(folder / "best" / "adapter_model.safetensors") for folder in (one, two))
+    for name, weight in weights.items():
+        assert float((weight - others[name]).abs().max()) < 2e-4, name
+    answers = [
+        [json.loads(line)["label"] for line in (f / "predictions.jsonl").read_text().splitlines()] for f in (one, two)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["ppo.py", "--ppo_epochs", "2", "--num_minibatches", "2"],
+        ["ppo.py", "--policy_gradient", "sampled", "--repeat_time", "4", "--kl_coef", "0.05"],
+        ["sft.py"],
+    ],
+    ids=["expected", "sampled", "sft"],
+)
+def test_two_processes_learn_what_one_does(kind, model_folder, data_root, tmp_path):
+    script, *more = kind
+    options = [
+        "--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder), "--from_local", "True",
+        "--batch_sentence_num", "8", "--max_steps", "3", "--eval_steps", "2", *more,
+    ]  # fmt: skip
+    for processes in (1, 2):
+        launch(processes, script, *options, "--output_dir", str(tmp_path / str(processes)))
+    assert_same_run(tmp_path / "1", tmp_path / "2")
+    summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in "12"]
+    assert summaries[0]["samples"] == summaries[1]["samples"] and summaries[0]["steps"] == summaries[1]["steps"] == 3
+
+
+@pytest.mark.parametrize("script", ["inference.py", "fewshot.py"])
+def test_two_processes_answer_what_one_does(script, model_folder, data_root, tmp_path):
+    options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
+    options += ["--from_local", "True", "--batch_sentence_num", "5", "--answer_space", "free", "--do_sample", "True"]
+    for processes in (1, 2):
+        launch(processes, script, *options, "--output_dir", str(tmp_path / str(processes)))
+    one, two = (tmp_path / n / "predictions.jsonl" for n in "12")
+    assert one.read_text() == two.read_text()
+    metrics = [json.loads((tmp_path / n / "summary.json").read_text())["metrics"] for n in "12"]
+    assert metrics[0] == metrics[1]
+
+
+def test_bad_input_is_said_once(model_folder, data_root, tmp_path):
+    done = launch(2, "ppo.py", "--task", "SSTT", check=False)
+    assert done.returncode != 0 and done.stderr.count("ppo.py: error: --task SSTT") == 1
+    options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
+    done = launch(2, "ppo.py", *options, "--from_local", "True", "--batch_sentence_num", "7", check=False)
+    assert "--batch_sentence_num 7 cannot be divided among 2 processes" in done.stderr
+
+
+def test_a_killed_process_ends_the_whole_run(model_folder, data_root, tmp_path):
+    """The second process kills itself in its second step; the launcher ends the other one, which waits for it."""
+    killer = tmp_path / "sitecustomize.py"
+    killer.write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1' and 'KILL' in os.environ:\n"
+        "    import torch\n"
+        "    step, steps = torch.optim.Adam.step, []\n"
+        "    def last(self, *a, **k):\n"
+        "        steps.append(1)\n"
+        "        if len(steps) == 2:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return step(self, *a, **k)\n"
+        "    torch.optim.Adam.step = last\n"
+    )
+    options = [
+        "--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder), "--from_local", "True",
+        "--batch_sentence_num", "8", "--max_steps", "4", "--output_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = launch(2, "ppo.py", *options, check=False, PYTHONPATH=str(tmp_path), KILL="1")
+    assert done.returncode != 0 and not (tmp_path / "run" / "summary.json").exists()

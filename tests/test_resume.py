@@ -1,0 +1,348 @@
+"""A run that is killed goes on to what it would have been, and what must not be gone on from is refused."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from forked import argv, contents, lines, names, read
+from transformers.trainer_pt_utils import safe_globals
+
+import checkpoints
+import manifests
+import models
+import ppo
+import ppo_trainer
+import runs
+import sft
+import tracking
+from arguments import ArgumentError
+from manifests import CheckpointError
+
+STEPS = 3
+SAMPLED = dict(
+    policy_gradient="sampled", repeat_time=2, max_steps=STEPS, eval_steps=2, save_methods="step", save_freq=1
+)
+
+
+def stopped(folder: Path, capsys, script=ppo, **options) -> str:
+    """The one sentence on standard error with which a run ends that cannot begin (exit code 2)."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and text.count("\n") == 1 and "Traceback" not in text, text
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ kill -9 at any moment
+
+
+@pytest.fixture(scope="module")
+def straight(model_folder, data_root, tmp_path_factory) -> tuple[Path, int]:
+    """A run that nothing happens to, and how many changes it makes in its folder."""
+    root = tmp_path_factory.mktemp("straight")
+    given = argv(model_folder, data_root, root / "run", **SAMPLED)
+    result = forked.run("ppo", given, root / "out.txt", fault=("count", root / "run", root / "changes"))
+    assert result.code == 0, result.text
+    return root / "run", int((root / "changes").read_text())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_run_killed_again_and_again_ends_as_if_left_in_peace(seed, straight, model_folder, data_root, tmp_path):
+    """Twenty kills in all, drawn from the seed: four runs are killed four times each, four more once, late."""
+    whole, changes = straight
+    draw, folder = random.Random(seed), tmp_path / "run"
+    if seed < 4:
+        places = sorted(draw.sample(range(1, int(0.9 * changes)), 4))
+        kills = [place - before for before, place in zip([0, *places], places)]
+    else:
+        kills = [draw.randint(int(0.6 * changes), changes)]
+    given = argv(model_folder, data_root, folder, **SAMPLED)
+    for number in kills:
+        result = forked.run("ppo", given, tmp_path / "out.txt", fault=("kill", folder, number))
+        assert result.code == -9, result.text
+    # The same command again; or, once there is a run to speak of, --resume.
+    if (folder / "arguments.json").exists() and seed % 2:
+        given = ["--resume", str(folder)]
+    result = forked.run("ppo", given, tmp_path / "out.txt")
+    assert result.code == 0, (kills, result.text)
+    expected, found = contents(whole), contents(folder)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if found[key] != expected[key]] == [], kills
+
+
+def test_the_kills_reach_the_middle_of_a_write(straight):
+    """Among the counted moments are those at which half of a checkpoint's file is written."""
+    _, changes = straight
+    assert changes > 80  # 3 steps, 3 checkpoints of some 15 files, best/
+
+
+def test_sft_goes_on_too(model_folder, data_root, tmp_path):
+    given = dict(max_steps=3, eval_steps=1, save_methods="step", save_freq=1)
+    ends = {}
+    for name, faults in {"straight": [()], "broken": [("send", 2, "SIGKILL"), ()]}.items():
+        command = argv(model_folder, data_root, tmp_path / name, **given)
+        ends[name] = [forked.run("sft", command, tmp_path / f"{name}.txt", fault=fault).code for fault in faults]
+    assert ends == {"straight": [0], "broken": [-9, 0]}
+    assert "holds this very run, interrupted" in (tmp_path / "broken.txt").read_text()
+    expected, found = contents(tmp_path / "straight"), contents(tmp_path / "broken")
+    assert [key for key in expected if found[key] != expected[key]] == [] and found.keys() == expected.keys()
+
+
+# --------------------------------------------------------------------------------------------------------- what resumes
+
+
+@pytest.fixture(scope="module")
+def interrupted(model_folder, data_root, tmp_path_factory) -> Path:
+    """A run stopped in its third step, with checkpoints of the first two."""
+    root = tmp_path_factory.mktemp("interrupted")
+    given = argv(model_folder, data_root, root / "run", max_steps=STEPS, eval_steps=1, save_methods="step", save_freq=1)
+    assert forked.run("ppo", given, root / "out.txt", fault=("send", 3, "SIGKILL")).code == -9
+    assert {"step-1", "step-2", "best", "run.json"} < names(root / "run")
+    return root / "run"
+
+
+@pytest.fixture
+def run(interrupted, tmp_path) -> Path:
+    shutil.copytree(interrupted, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_run_json_says_from_the_start_what_was_run(interrupted, model_folder):
+    about = read(interrupted / "run.json")
+    assert about["task"] == "SST" and about["task_version"] and re.fullmatch("[0-9a-f]{16}", about["data_hash"])
+    assert about["arguments"]["train_model_name"] == str(model_folder) and about["arguments"]["learning_rate"] == 1e-2
+    assert about["arguments"] == read(interrupted / "arguments.json")
+    assert {"python", "torch", "commit"} < set(about["versions"]) and about["resumed"] == []
+
+
+def test_other_arguments_or_a_finished_run_are_refused(run, model_folder, data_root, capsys):
+    same = dict(task="SST", data_path=data_root, train_model_name=model_folder, from_local=True, report_to="none",
+                eval_size=8, batch_sentence_num=8, learning_rate=1e-2, max_steps=STEPS, eval_steps=1,
+                save_methods="step", save_freq=1, output_dir=run)  # fmt: skip
+    before = names(run)
+    assert "is not empty" in stopped(run, capsys, **{**same, "learning_rate": 1e-3})
+    (run / "summary.json").write_text("{}")
+    text = stopped(run, capsys, **same)
+    assert "is not empty" in text and f"--resume {run}" in text and names(run) == before | {"summary.json"}
+
+
+def test_a_data_file_that_changed_is_refused(run, data_root, tmp_path, capsys):
+    shutil.copytree(data_root, tmp_path / "data")
+    (tmp_path / "data/GLUE/SST/train.tsv").write_text(
+        (data_root / "GLUE/SST/train.tsv").read_text().replace("dull", "dim")
+    )
+    before = (run / "history.jsonl").read_bytes(), names(run)
+    text = stopped(run, capsys, resume=run, data_path=tmp_path / "data")
+    assert "the training rows are not those that the run began with" in text and "start a new run" in text
+    assert (run / "history.jsonl").read_bytes() == before[0] and names(run) == before[1]
+    assert "the held-out rows are not those" in stopped(run, capsys, resume=run, eval_size=7)
+
+
+def test_another_first_epoch_is_refused(run, capsys):
+    text = stopped(run, capsys, resume=run, start_epoch=1, end_epoch=3)
+    assert "--start_epoch 1" in text and "began with epoch 0" in text
+
+
+def spoil(kind: str, checkpoint: Path) -> None:
+    file = checkpoint / "adapter_model.safetensors"
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif kind == "changed":  # one bit of a weight
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif kind == "missing":
+        (checkpoint / "optimizer.pt").unlink()
+    elif kind == "no manifest":
+        (checkpoint / manifests.FILE).unlink()
+    else:  # "foreign": whole, but of another run
+        manifests.write(checkpoint, step=2, run="another")
+
+
+SPOILT = {
+    "truncated": "adapter_model.safetensors was written with",
+    "changed": "adapter_model.safetensors is not what was written",
+    "missing": "optimizer.pt is missing",
+    "no manifest": "has no readable manifest.json",
+    "foreign": "belongs to another run",
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_spoilt_checkpoint_is_named_and_not_used(kind, run, capsys):
+    spoil(kind, run / "step-2")
+    text = stopped(run, capsys, resume=run / "step-2")
+    assert SPOILT[kind] in text and f"the newest whole checkpoint is {run}/step-1: --resume {run}" in text
+    assert {"step-1", "step-2"} < names(run)
+    assert checkpoints.to_resume(run) == run / "step-1"
+    said = capsys.readouterr().out
+    assert SPOILT[kind] in said and "going on from" in said and "step-2-broken" in names(run)
+
+
+def test_without_a_whole_checkpoint_nothing_goes_on(run, capsys):
+    for name in ("step-1", "step-2"):
+        spoil("truncated", run / name)
+    before = names(run)
+    text = stopped(run, capsys, resume=run)
+    assert "holds no checkpoint to go on from" in text and "adapter_model.safetensors" in text and names(run) == before
+
+
+def test_only_the_last_checkpoint_is_gone_on_from(run, tmp_path):
+    assert checkpoints.to_resume(run, run / "step-2") == run / "step-2"
+    with pytest.raises(CheckpointError, match=f"not the run's last checkpoint.*--resume {run}"):
+        checkpoints.to_resume(run, run / "step-1")
+    with pytest.raises(CheckpointError, match="step-7 has no readable manifest"):
+        checkpoints.to_resume(run, run / "step-7")
+    with pytest.raises(CheckpointError, match="holds no trainer_state.json"):
+        checkpoints.to_resume(run, run / "best")
+    (tmp_path / "empty").mkdir()
+    assert checkpoints.to_resume(tmp_path / "empty") is None
+
+
+def test_a_spoilt_model_is_not_loaded(run, capsys):
+    spoil("truncated", run / "best")
+    with pytest.raises(models.ModelError, match="adapter_model.safetensors was written with"):
+        models.load_model(str(run / "best"), from_local=True)
+
+
+def test_nothing_in_a_checkpoint_has_to_be_unpickled(interrupted):
+    """Every file that torch wrote loads with weights_only, which runs nothing; Trainer loads them in no other way."""
+    for name in ("step-1", "best"):
+        found = {path.name for path in (interrupted / name).iterdir() if path.suffix in (".pt", ".pth", ".bin", ".pkl")}
+        assert found == ({"optimizer.pt", "scheduler.pt", "rng_state.pth"} if name != "best" else set())
+    with safe_globals():  # numpy's random state
+        for path in interrupted.rglob("*.pt*"):
+            torch.load(path, weights_only=True)
+
+
+def test_code_in_a_checkpoint_is_not_run(run, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was-run",))
+
+    checkpoint = run / "step-2"
+    torch.save({"state": Evil()}, checkpoint / "optimizer.pt")
+    manifests.write(checkpoint, step=2, run=checkpoints.run_id(run))
+    with pytest.raises(SystemExit) as end:
+        ppo.main(["--resume", str(run)])
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and "loaded only by running code" in text and str(checkpoint) in text
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_best_goes_back_to_what_it_was_at_the_checkpoint(tmp_path):
+    def folder(name: str, step: int) -> None:
+        (tmp_path / name).mkdir()
+        manifests.write(tmp_path / name, step=step)
+
+    folder("best", 7)
+    folder(".old-best", 3)
+    folder(".new-step-8-x", 8)
+    folder(".old-abc", 1)
+    (tmp_path / ".new-run.json-x").write_text("{")
+    checkpoints.settle(tmp_path, 5)
+    assert names(tmp_path) == {"best"} and checkpoints.step_of(tmp_path / "best") == 3
+    folder(".old-best", 2)
+    checkpoints.settle(tmp_path, 5)
+    assert names(tmp_path) == {"best"} and checkpoints.step_of(tmp_path / "best") == 3
+    (tmp_path / "best").rename(tmp_path / ".old-best")  # killed between two renames
+    checkpoints.settle(tmp_path, 5)
+    assert names(tmp_path) == {"best"} and checkpoints.step_of(tmp_path / "best") == 3
+    checkpoints.settle(tmp_path, 1)  # later checkpoints were moved away: what was the best is kept under its step
+    assert names(tmp_path) == {"best-step-3"}
+
+
+# -------------------------------------------------------------------------------------------------------- history.jsonl
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    whole = "".join(json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in (1, 2, 3))
+    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+        (tmp_path / "history.jsonl").write_text(whole[:-cut])
+        tracking.trim_history(tmp_path, 9)
+        kept = [line["step"] for line in tracking.history(tmp_path)]
+        assert kept == ([1, 2, 3] if cut == 1 else [1, 2]), cut
+        tracking.append_history(tmp_path, 4, {"train/loss": 0.25})
+        assert [line["step"] for line in tracking.history(tmp_path)] == [*kept, 4]
+    (tmp_path / "history.jsonl").write_bytes(whole.encode() + b"\0\0\0\xff")  # what a power cut can leave
+    tracking.trim_history(tmp_path, 2)
+    assert (tmp_path / "history.jsonl").read_text() == "".join(whole.splitlines(keepends=True)[:2])
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2, "train', "", "[2]", '{"loss": 1}', '{"step": "two"}'])
+def test_a_broken_line_in_the_middle_is_named(broken, tmp_path):
+    text = f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n'
+    (tmp_path / "history.jsonl").write_text(text)
+    with pytest.raises(ArgumentError, match=re.escape(f"{tmp_path}/history.jsonl, line 2 is broken")):
+        tracking.trim_history(tmp_path, 1)
+    assert (tmp_path / "history.jsonl").read_text() == text
+
+
+# ------------------------------------------------------------------------------------------- which checkpoints are kept
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(model_folder, data_root, tmp_path):
+    given = dict(max_steps=5, save_methods="step", save_freq=1, save_total_limit=2, eval_steps=1)
+    ppo.main(argv(model_folder, data_root, tmp_path / "run", **given))
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["step-4", "step-5"]
+    best = max((line for line in lines(tmp_path / "run") if "eval/score" in line), key=lambda line: line["eval/score"])
+    assert manifests.verify(tmp_path / "run" / "best")["step"] == best["step"]
+
+
+# -------------------------------------------------------------------------------------------------------- --start_epoch
+
+
+@pytest.mark.parametrize("script, trainer", [(ppo, ppo_trainer.PPOTrainer), (sft, sft.Finetuner)], ids=["ppo", "sft"])
+def test_a_later_first_epoch_has_its_own_rows_and_numbers(
+    script, trainer, model_folder, data_root, tmp_path, monkeypatch
+):
+    seen, original = [], trainer.training_step
+
+    def training_step(self, model, inputs, *rest):
+        batch = [row["id"] for row in inputs["rows"]] if "rows" in inputs else inputs["input_ids"].tolist()
+        seen.append(batch)
+        return original(self, model, inputs, *rest)
+
+    monkeypatch.setattr(trainer, "training_step", training_step)
+    common = dict(eval_size=2, learning_rate=1e-3)
+    script.main(argv(model_folder, data_root, tmp_path / "both", end_epoch=2, **common))
+    assert {"epoch-1", "epoch-2"} < names(tmp_path / "both") and len(seen) == 12  # 48 rows, 8 at once
+    whole = seen.copy()
+    seen.clear()
+    given = {**common, "train_model_name": tmp_path / "both" / "epoch-1"}
+    script.main(argv(model_folder, data_root, tmp_path / "second", start_epoch=1, end_epoch=2, **given))
+    assert seen == whole[6:] != whole[:6]
+    assert {"epoch-2", "best"} < names(tmp_path / "second") and "epoch-1" not in names(tmp_path / "second")
+
+
+# ---------------------------------------------------------------------------------------------------------------- wandb
+
+
+def test_one_wandb_run_over_all_resumes(model_folder, data_root, tmp_path):
+    given = argv(
+        model_folder, data_root, tmp_path / "run", max_steps=3, save_methods="step", save_freq=1, report_to="wandb"
+    )
+    assert forked.run("ppo", given, tmp_path / "out.txt", fault=("send", 2, "SIGKILL")).code == -9
+    result = forked.run("ppo", given, tmp_path / "out.txt")
+    assert result.code == 0 and "wandb:" not in result.text, result.text
+    stored = read(tmp_path / "run" / "run.json")["id"]
+    found = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(found) == 2 and {path.name.rsplit("-", 1)[1] for path in found} == {stored}
+    assert [line["step"] for line in lines(tmp_path / "run") if "policy/loss" in line] == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------------------- the lock
+
+
+def test_a_folder_is_one_runs_at_a_time(run, capsys):
+    held = runs.lock(run)
+    text = stopped(run, capsys, resume=run)
+    assert f"{run} is in use: the run of process" in text and "--output_dir" in text
+    held.close()
+    runs.lock(run).close()
