@@ -13,13 +13,17 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import random
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+from rewards import fold
 from tasks import Task
 
 DATA_ROOT = Path(__file__).resolve().parent / "data"
@@ -27,9 +31,13 @@ SPLITS = ("train", "validation", "test")
 MAX_CHARACTERS = 50_000  # a field this long is no text but a quote or line end that swallowed the rows after it
 NEAR_NEUTRAL = 0.5  # MR: a mean rating closer to 0 than this is neither positive nor negative
 HELD_OUT = 1000  # MR: rows in each of validation and test
+WHOLE_NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # an id that is the same when it is written out again
 
 Row = dict
 Record = tuple[int, dict]  # (1-based line number, column name -> value)
+
+_shown = reprlib.Repr()  # a value in an error: whole if it is short, never nested too deeply to print
+_shown.maxstring = _shown.maxother = 60
 
 
 class DataError(ValueError):
@@ -53,14 +61,14 @@ def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: s
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     given = Path(data_path) if data_path is not None else None
-    if given is not None and not given.is_dir():
-        if not given.is_file():
+    if given is not None and not os.path.isdir(given):  # Path.is_dir raises for some odd paths
+        if not os.path.isfile(given):
             raise MissingData(f"{given}: no such file or folder (data_path for {task.name}); check the path.")
         return _from_file(task, split, given)
     folder = given if given is not None else Path(data_root) / task.folder
     candidates = [folder / name for name in task.files.get(split, ())]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):
             return _from_file(task, split, path)
     tried = " or ".join(str(path) for path in candidates) or f"a {split} file (there is none for {task.name})"
     if given is not None:
@@ -74,16 +82,16 @@ def with_labels(task: Task, rows_or_file: Iterable[Row] | str | Path) -> Task:
     """The task with its label set: itself if it has one, else a copy with the sorted labels of training rows.
 
     rows_or_file: rows that `load` returned for the task without labels, or the training file. Load the rows once more
-    with the new task to get class ids. The words are the labels in lower case; labels that differ in case alone raise
-    DataError, as does a single label.
+    with the new task to get class ids. The words are the labels in lower case; labels that no answer could tell apart
+    (they differ in case, or "_", "-" and " ", alone) raise DataError, as does a single label.
     """
     if task.labels or task.number:
         return task
     rows = load(task, "train", data_path=rows_or_file) if isinstance(rows_or_file, str | Path) else rows_or_file
     labels = tuple(sorted({row["label"] for row in rows}))
     words = tuple(label.lower() for label in labels)
-    if len(set(words)) != len(words) or len(words) < 2:
-        raise DataError(f"{task.name}: the labels {', '.join(labels)!r} are not two or more distinct words.")
+    if len({fold(word) for word in words}) != len(words) or len(words) < 2:
+        raise DataError(f"{task.name}: the labels {_shown.repr(', '.join(labels))} are not two or more distinct words.")
     return replace(task, labels=labels, words=words, submission_words=labels)
 
 
@@ -118,7 +126,7 @@ def _from_wheel(task: Task, split: str, tried: str) -> list[Row]:
     package, _, inside = task.wheel.partition("/")
     spec = importlib.util.find_spec(package)
     for location in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(location) / inside).is_file():
+        if os.path.isfile(Path(location) / inside):
             return _from_file(task, split, Path(location) / inside)
     raise MissingData(
         f"{task.name} {split}: cannot find {tried}, nor {task.wheel} in an installed package; run scripts/setup.sh, "
@@ -195,7 +203,7 @@ def _read_table(task: Task, path: Path, lines: Iterator[tuple[int, list[str]]]) 
     header, rest = cells, lines
     if not all(_find(header, task.columns[name]) for name in task.fields):
         if not task.header or len(cells) != len(task.header):
-            names, found = ", ".join(task.columns[name] for name in task.fields), repr(cells)[:80]
+            names, found = ", ".join(task.columns[name] for name in task.fields), _shown.repr(cells)
             raise DataError(
                 f"{path}, line 1: no header with the columns {names} but {found}; is it {task.name}'s file?"
             )
@@ -208,10 +216,10 @@ def _read_table(task: Task, path: Path, lines: Iterator[tuple[int, list[str]]]) 
         while len(cells) > width and not cells[-1]:
             cells.pop()
         if len(cells) != width:
-            found = f"{len(cells)} columns instead of {width} in {repr(cells)[:80]}"
+            found = f"{len(cells)} columns instead of {width} in {_shown.repr(cells)}"
             raise DataError(f"{path}, line {number}: {found}; a separator or line break is missing or too many.")
         record = dict(zip(header, cells, strict=True))
-        if index and record[index].isdecimal():
+        if index and WHOLE_NUMBER.fullmatch(record[index]):
             record[index] = int(record[index])  # as the hub has it
         yield number, record
 
@@ -220,11 +228,17 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_lines(path), 1):
         try:
             record = json.loads(line)
+            if "\\u" in line:
+                json.dumps(record, ensure_ascii=False).encode()  # an escape can be half of a character
+        except UnicodeEncodeError as error:
+            found = f"{_shown.repr(error.object[error.start])} is half of a character"
+            raise DataError(f"{path}, line {number}: {found}, whose other half is missing; correct it.") from error
         except (ValueError, RecursionError) as error:
-            found = f"not JSON ({error}) in {line[:80]!r}"
+            found = f"not JSON ({error}) in {_shown.repr(line)}"
             raise DataError(f"{path}, line {number}: {found}; the file needs one object a line.") from error
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: {line[:80]!r} is no JSON object; the file needs one a line.")
+            found = f"{_shown.repr(line)} is no JSON object"
+            raise DataError(f"{path}, line {number}: {found}; the file needs one a line.")
         yield number, record
 
 
@@ -238,7 +252,7 @@ def _mrpc(task: Task, split: str, records: Iterable[Record], source: str) -> Ite
         yield from records
         return
     ids = path.with_name("dev_ids.tsv")
-    if not ids.is_file():
+    if not os.path.isfile(ids):
         raise DataError(f"{ids}: not found; {path.name} is split by it, put it there or use train.tsv and dev.tsv.")
     pairs = {tuple(line.split("\t")) for line in _lines(ids)}
     for number, record in records:
@@ -280,8 +294,11 @@ def _record(task: Task, split: str, records: Iterable[Record], source: str) -> I
         else:
             passage, entities = record["passage"], record["entities"]
             queries = [(record["query"], record["idx"]["query"], record["answers"])]
-        if not entities:
-            raise ValueError("the passage has no entities, so its queries have no candidates")
+        for name, texts in (("entities", entities), *(("answers", answers) for _, _, answers in queries)):
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"the {name} {_shown.repr(texts)} are not a list of texts")
+        if not all(entity.strip() for entity in entities) or not entities:
+            raise ValueError("the passage has no entities, or an empty one, so its queries have no candidates")
         for query, index, answers in queries:
             flat = {"idx": index, "passage": passage, "query": query, "answers": list(dict.fromkeys(answers))}
             for entity in dict.fromkeys(entities):
@@ -302,7 +319,7 @@ def _mr(task: Task, split: str, records: Iterable[Record], source: str) -> Itera
             raise ValueError(f"sentiment {sentiment} is not in [-4, 4]")
         if abs(sentiment) >= NEAR_NEUTRAL:
             text = " ".join(record["text"].split()).casefold()
-            groups.setdefault(text, []).append((number, record | {"label": int(sentiment > 0)}))
+            groups.setdefault(text, []).append((number, record | {"id": record["id"], "label": int(sentiment > 0)}))
     size = min(HELD_OUT, sum(map(len, groups.values())) // 5)
     parts: dict[str, list[Record]] = {"test": [], "validation": [], "train": []}
     for group in sorted(groups.values(), key=lambda group: sha256(str(group[0][1]["id"]).encode()).digest()):
@@ -344,6 +361,9 @@ def _finish(task: Task, split: str, records: Iterable[Record], source: str, unit
             row = {"id": len(rows)} | {name: record[key] if key else None for name, key in keys.items()}
             if row["id"] is None:
                 row["id"] = len(rows)
+            for part in row["id"] if task.format == "multirc" and isinstance(row["id"], list) else [row["id"]]:
+                if isinstance(part, bool) or not isinstance(part, int) and not _is_word(part):
+                    raise ValueError(f"id {_shown.repr(part)} is neither a whole number nor a word")
             for name in task.fields:
                 row[name] = _checked(name, row[name], task.trim)
             if keys["label"]:
@@ -353,8 +373,8 @@ def _finish(task: Task, split: str, records: Iterable[Record], source: str, unit
             rows.append(row)
     except DataError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"the key or column {error} is missing" if isinstance(error, KeyError) else error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        problem = f"the key or column {error} is missing" if isinstance(error, KeyError) else str(error)[:300]
         raise DataError(f"{source}, {unit} {number}: {problem}; correct it, or compare with data/README.md.") from error
     if not rows:
         raise DataError(f"{source}: no {split} rows; the file is cut off, or it is not {task.name}'s file.")
@@ -368,7 +388,7 @@ def _find(names: Iterable[str], key: str) -> str:
 
 def _checked(name: str, text, trim: bool) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{name} {text!r} is not a text")
+        raise ValueError(f"{name} {_shown.repr(text)} is not a text")
     if len(text) >= MAX_CHARACTERS:
         cause = "a line break or quotation mark before it is probably broken"
         raise ValueError(f"{name} {text[:40]!r}... has {len(text)} characters (limit {MAX_CHARACTERS}): {cause}")
@@ -379,13 +399,18 @@ def _label(task: Task, ids: dict[str, int], value) -> int | float | str:
     """Class id of a label written as word, number or JSON boolean; the float itself; the word if no set is known."""
     if task.number:
         if isinstance(value, bool) or not 0 <= float(value) <= 5:
-            raise ValueError(f"label {value!r} is not in [0, 5]")
+            raise ValueError(f"label {_shown.repr(value)} is not in [0, 5]")
         return float(value)
     if not task.labels:
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"label {value!r} is not a word")
+        if not value or not _is_word(value) or "<" in value:  # the tag after an answer begins with it
+            raise ValueError(f"label {_shown.repr(value)} is not a word")
         return value
-    label = ids.get(str(value).lower())
+    label = ids.get(str(value).lower()) if isinstance(value, str | int | float) else None
     if label is None:
-        raise ValueError(f"label {value!r} is none of {', '.join(ids)}")
+        raise ValueError(f"label {_shown.repr(value)} is none of {', '.join(ids)}")
     return label
+
+
+def _is_word(value) -> bool:
+    """A text on one line, with nothing around it that an answer or a leaderboard file would lose."""
+    return isinstance(value, str) and value.isprintable() and value == value.strip()

@@ -6,11 +6,17 @@ a short question at the end (paid for every row). The assistant's turn is begun 
 parses gets no signal to learn from, so every wording here was tried on real rows (see the README's table of valid
 answers). What worked on small models is to show the possible answers as they are to be written, tags included, and to
 end on the name of what is asked for.
+
+A row's text is only ever data. What a chat template (or the plain layout) tells its turns apart by is broken up by a
+space where it stands in a text, special tokens and plain marks such as `[INST]` or `Assistant:` alike; all other texts
+are copied as they are, tags included, as answers are read from the generated tokens alone.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rewards import ANALYSIS, ANALYSIS_END, JUDGEMENT, JUDGEMENT_END
@@ -155,7 +161,7 @@ COT = "Always write one sentence of reasoning before the answer, in one of these
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be made to fit; the message says which row and what to change."""
+    """A prompt that cannot be built, or made to fit; the message says which row and what to change."""
 
 
 def build(
@@ -170,7 +176,8 @@ def build(
 
     max_prompt_length: in tokens, the begun `<Judgement>` or `<Analysis>` included.
     demonstrations: labelled rows of the training split, shown as earlier turns; they are never cut.
-    Raises PromptError if the prompt does not fit even without its passage.
+    Raises PromptError if the prompt does not fit even without its passage, or a text cannot be kept from reading as a
+    turn of its own.
     """
     prompts, shortened = build_all(
         task,
@@ -193,7 +200,7 @@ def build_all(
 ) -> tuple[list[list[int]], int]:
     """The prompts of all rows, and how many lost text of their passage. Arguments and errors are those of `build`."""
 
-    def tokenize(rows_fields: list[dict]) -> list[list[int]]:
+    def tokenize(rows_fields: list[dict], shots: list[tuple[dict, str]]) -> list[list[int]]:
         ids = []
         for start in range(0, len(rows_fields), TOKENIZED_AT_ONCE):
             batch = rows_fields[start : start + TOKENIZED_AT_ONCE]
@@ -202,10 +209,17 @@ def build_all(
             ids += tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
         return ids
 
-    special = _special_tokens(tokenizer)
-    shots = [(_fields(task, shot, special), answer_word(task, shot["label"])) for shot in demonstrations]
-    all_fields = [_fields(task, row, special) for row in rows]
-    prompts = tokenize(all_fields)
+    marks = _turn_marks(tokenizer)
+    marked = next((word for word in task.words if marks.search(word)), None)
+    if marked is not None:
+        raise PromptError(f"the label {marked!r} of {task.name} is a mark of this model's own; rename it in the data")
+    shots = [(_fields(task, shot, marks), answer_word(task, shot["label"])) for shot in demonstrations]
+    all_fields = [_fields(task, row, marks) for row in rows]
+    prompts = tokenize(all_fields, shots)
+    empty = dict.fromkeys(task.fields, "")
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(tokenizer.unk_token_id)  # any text may hold characters that the tokenizer does not know
+    turns = [token for token in tokenize([empty], [(empty, word) for _, word in shots])[0] if token in special]
     shortened = 0
     for i, fields in enumerate(all_fields):
         shortened += len(prompts[i]) > max_prompt_length
@@ -220,7 +234,12 @@ def build_all(
             # In steps, so that two long passages both keep their beginning.
             excess = len(prompts[i]) - max_prompt_length
             fields[longest] = _shorten(fields[longest], -(-excess // len(task.passage)), tokenizer)
-            prompts[i] = tokenize([fields])[0]
+            prompts[i] = tokenize([fields], shots)[0]
+        if [token for token in prompts[i] if token in special] != turns:
+            raise PromptError(
+                f"row {rows[i].get('id', i)} of {task.name}, or a demonstration before it, holds a text that this "
+                "model's tokenizer reads as a special token; change the text in the data"
+            )
     return prompts, shortened
 
 
@@ -250,28 +269,62 @@ def _render(task: Task, fields: dict[str, str], tokenizer, use_CoT: bool, shots:
         ends = task.words[:: len(task.words) - 1] if task.number else task.words  # not all 51 numbers
         forms = ", ".join(f"{ANALYSIS}reasoning{ANALYSIS_END}{between_tags(word)}" for word in ends)
         instruction += " " + COT.format(forms=forms)
-    begin = ANALYSIS if use_CoT else JUDGEMENT
+    return _layout(tokenizer, instruction, users, answers) + (ANALYSIS if use_CoT else JUDGEMENT)
+
+
+def _layout(tokenizer, instruction: str, users: list[str], answers: list[str]) -> str:
+    """The conversation up to the last answer, which is begun and empty."""
     if tokenizer.chat_template is None:
-        turns = [f"Prompt: {user}\nAssistant: {answer}\n" for user, answer in zip(users, [*answers, begin])]
-        return f"System_prompt: {instruction}\n{''.join(turns)}".removesuffix("\n")
+        turns = [f"Prompt: {user}\nAssistant: {answer}" for user, answer in zip(users, [*answers, ""])]
+        return "\n".join([f"System_prompt: {instruction}", *turns])
     # Not every template has a system role, so the instruction opens the first user's turn.
-    users[0] = f"{instruction}\n{users[0]}"
-    messages = [{"role": "user", "content": users[0]}]
+    messages = [{"role": "user", "content": f"{instruction}\n{users[0]}"}]
     for answer, user in zip(answers, users[1:]):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": user}]
     # The last option is for models that would otherwise think at length first; other templates do not read it.
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return chat + begin
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
-def _special_tokens(tokenizer) -> re.Pattern:
-    spellings = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(spellings) or r"(?!)")
+def _turn_marks(tokenizer) -> re.Pattern:
+    """What a row's text must not say: the special tokens, and whatever else tells the layout's turns apart.
+
+    The latter is what stands around the texts of a made-up conversation: short and with punctuation, as in "[INST]",
+    "USER:" or "### Response:". A bare word ("user") is only ever a mark together with a special token.
+    """
+    text = "text0of0a0turn"
+    layouts = [_layout(tokenizer, text, [text, text], [text])]
+    if tokenizer.chat_template is not None:
+        messages = [{"role": role, "content": text} for role in ("system", "user")]
+        with contextlib.suppress(TemplateError):  # it has no system role
+            layouts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
+    ends = "|".join(re.escape(end) for end in ["\n", text, *sorted(special, key=len, reverse=True)])
+    between = {piece.strip() for piece in re.split(ends, "\n".join(layouts))}
+    plain = {piece for piece in between if len(piece.split()) <= 2 and re.search(r"[^\W\d_]", piece)}
+    plain = {piece for piece in plain if re.search(r"[^\w\s]", piece)}
+    marks = {mark: re.escape(mark) for mark in special}
+    marks |= {mark: (r"(?<!\w)" if mark[0].isalpha() else "") + re.escape(mark) for mark in plain}
+    return re.compile("|".join(marks[mark] for mark in sorted(marks, key=len, reverse=True)) or r"(?!)")
 
 
-def _fields(task: Task, row: dict, special: re.Pattern) -> dict[str, str]:
-    """The row's texts, every special token's spelling broken up, so that data cannot open or close a turn."""
-    return {name: special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", str(row[name])) for name in task.fields}
+def _fields(task: Task, row: dict, marks: re.Pattern) -> dict[str, str]:
+    """The row's texts with every mark of a turn broken up. Raises PromptError for a text that cannot be encoded."""
+
+    def broken(found: re.Match) -> str:
+        mark = found[0]
+        end = -1 if mark[0].isalpha() else 1  # "Assistant :", "< |im_end|>"
+        return f"{mark[:end]} {mark[end:]}"
+
+    fields = {name: marks.sub(broken, str(row[name])) for name in task.fields}
+    for name, text in fields.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"row {row.get('id')} of {task.name} holds half of a character ({text[error.start]!a} in {name}), "
+                "which no tokenizer reads; correct the data"
+            ) from error
+    return fields
 
 
 def _shorten(text: str, excess: int, tokenizer) -> str:

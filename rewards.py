@@ -47,11 +47,11 @@ LINE_BREAK_OR_END = re.compile(f"[{LINE_BREAKS}]|{re.escape(JUDGEMENT_END)}")
 @lru_cache(maxsize=128)
 def _folded(words: tuple[str, ...]) -> tuple[int, list[tuple[str, int]]]:
     """The longest word's length, and the words as they are compared, longest first, with their class ids."""
-    folded = sorted(((_fold(word), label) for label, word in enumerate(words)), key=lambda pair: -len(pair[0]))
+    folded = sorted(((fold(word), label) for label, word in enumerate(words)), key=lambda pair: -len(pair[0]))
     return max(map(len, words), default=0), folded
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
     """Lower case and one separator, character by character: positions stay, and a prefix folds to a prefix."""
     # str.lower turns U+0130 into two characters and looks at the neighbours of a Greek sigma
     lower = text.lower() if text.isascii() else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
@@ -79,7 +79,7 @@ def _whole_label(task: Task, text: str, start: int) -> tuple[int | float, int] |
         found = [(min(max(float(number[0]), NUMBER_RANGE[0]), NUMBER_RANGE[1]), number.end())] if number else []
     else:
         longest, words = _folded(task.words)
-        head = _fold(text[start : start + longest])
+        head = fold(text[start : start + longest])
         found = [(label, start + len(word)) for word, label in words if head.startswith(word)]
     for label, end in found:
         if end == len(text) or text[end].isspace() or _is_punctuation(text[end]):
@@ -94,7 +94,7 @@ def _may_grow(task: Task, text: str, start: int) -> bool:
     longest, words = _folded(task.words)
     if len(text) - start > longest:
         return False
-    head = _fold(text[start:])
+    head = fold(text[start:])
     return any(word.startswith(head) for word, _ in words)
 
 

@@ -1,5 +1,6 @@
 """Which rows of a task are trained on, and which are held out or answered. The same for all four scripts."""
 
+import os
 import random
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def place(task: Task, data_path: str, several: bool = False) -> str | None:
         return None
     folder = Path(data_path)
     for inside in (folder / task.folder, folder / Path(task.folder).name):
-        if inside.is_dir():
+        if os.path.isdir(inside):
             return str(inside)
     return str(folder / task.folder if several else folder)
 
@@ -40,7 +41,7 @@ def labelled(task: Task, data_path: str | None) -> Task:
     """The task with its label set, which for some is read from the training data (see loaders.with_labels)."""
     if task.labels or task.number:
         return task
-    is_file = data_path is not None and Path(data_path).is_file()
+    is_file = data_path is not None and os.path.isfile(data_path)
     try:
         rows = loaders.load(task, "train", data_path=None if is_file else data_path)
     except MissingData:
@@ -58,7 +59,7 @@ def held_out(task: Task, data_path: str | None, size: int) -> tuple[list[dict], 
     That number is 0 where there is a validation split. Where there is none, the last rows of the training split (at
     most a fifth) are held out instead, and must not be trained on.
     """
-    is_file = data_path is not None and Path(data_path).is_file()
+    is_file = data_path is not None and os.path.isfile(data_path)
     try:
         rows = loaders.load(task, "validation", data_path=None if is_file else data_path)
         return choose(task, rows, size), 0
@@ -78,7 +79,7 @@ def training(task: Task, data_path: str) -> list[dict]:
     """The labelled rows that the model that answers the task is trained on; a `--data_path` that is a file is left
     alone. Raises MissingData if there are none."""
     source = tasks.get(task.answered_by) if task.answered_by else task
-    is_file = Path(data_path or ".").is_file()
+    is_file = os.path.isfile(data_path or ".")
     return loaders.load(source, "train", data_path=None if is_file else place(source, data_path))
 
 
@@ -115,7 +116,7 @@ def found_below(root: str | Path) -> list[tuple[Task, str]]:
     training file (MNLI-m, MNLI-mm) are one.
     """
     places = {task.name: Path(place(task, str(root), several=True)) for task in tasks.TASKS.values()}
-    found = [task for task in tasks.TASKS.values() if any((places[task.name] / f).is_file() for f in files(task))]
+    found = [task for task in tasks.TASKS.values() if any(os.path.isfile(places[task.name] / f) for f in files(task))]
     return [(task, str(places[task.name])) for task in sharing_training_file(found)]
 
 

@@ -80,8 +80,8 @@ def check_submission(path: str | Path, task: Task, rows: list[dict]) -> None:
     for number, line in enumerate(lines, start=2 if tsv else 1):
         try:
             found += [(number, key, value) for key, value in _entries(task, line, tsv)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {line!r} is not an answer of {task.name}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {line[:80]!r} is not an answer of {task.name}") from error
     expected = _expected(task, rows)
     for (number, key, value), (wanted, legal) in zip(found, expected, strict=False):
         if key != (str(wanted) if tsv else wanted):

@@ -273,7 +273,7 @@ def test_mental_health_reads_its_label_set_from_the_file():
     assert loaders.with_labels(task, []) is task and loaders.with_labels(tasks.get("STS-B"), []) is tasks.get("STS-B")
 
 
-@pytest.mark.parametrize("names", [["Normal", "normal"], ["Normal"], []])
+@pytest.mark.parametrize("names", [["Normal", "normal"], ["Low mood", "low_mood"], ["Normal"], []])
 def test_label_sets_that_no_answer_can_tell_apart(names):
     with pytest.raises(DataError, match="not two or more distinct"):
         loaders.with_labels(tasks.get("MentalHealth"), [{"label": name} for name in names])
@@ -516,12 +516,41 @@ BOOLQ = json.dumps({"passage": "p", "question": "q", "label": True, "idx": 0}) +
         (BOOLQ + '{"passage": "p", "question": "q", "label": 2, "idx": 1}\n', ["line 2", "label 2 is none of"]),
         (BOOLQ + '{"passage": "p", "question": "q", "label": null, "idx": 1}\n', ["line 2", "label None"]),
         (BOOLQ.encode() + b'{"passage": "\xff"}\n', ["line 2", "not UTF-8"]),
+        (BOOLQ + BOOLQ.replace('"p"', '"x\\ud800"'), ["line 2", r"'\ud800' is half of a character"]),
+        (BOOLQ + BOOLQ.replace("0}", '0, "\\udfff": 1}'), ["line 2", "is half of a character"]),
+        (BOOLQ + BOOLQ.replace("true", "[" * 900 + "]" * 900), ["line 2"]),
+        (BOOLQ + BOOLQ.replace("true", "[1]"), ["line 2", "label [1] is none of"]),
+        (BOOLQ + BOOLQ.replace("0}", "1.5}"), ["line 2", "id 1.5 is neither a whole number nor a word"]),
+        (BOOLQ + BOOLQ.replace("0}", "NaN}"), ["line 2", "id nan"]),
+        (BOOLQ + BOOLQ.replace("0}", "true}"), ["line 2", "id True"]),
+        (BOOLQ + BOOLQ.replace("0}", '{"a": []}}'), ["line 2", "id {'a': []}"]),
+        (BOOLQ + BOOLQ.replace("0}", '"a\\tb"}'), ["line 2", r"id 'a\tb'"]),
+        (BOOLQ + BOOLQ.replace("0}", "9" * 5000 + "}"), ["line 2", "not JSON"]),
         (BOOLQ + BOOLQ.replace('"p"', f'"{"x" * 50_000}"'), ["line 2", "passage 'xxx", "50000 characters"]),
     ],
     ids=lambda value: "" if isinstance(value, str | bytes) else "-".join(value)[:60],
 )
 def test_broken_jsonl(tmp_path, content, expected):
     rejects(tmp_path, "BoolQ", "rows.jsonl", content, *expected)
+
+
+def test_a_score_beyond_all_floats(tmp_path):
+    good = '{"sentence1": "a", "sentence2": "b", "label": 1}\n'
+    rejects(tmp_path, "STS-B", "rows.jsonl", good + good.replace("1}", f"{10**400}}}"), "line 2", "too large")
+
+
+def test_an_error_is_short_whatever_the_value(tmp_path):
+    huge = "x" * 10**5
+    table = f"sentence1\tsentence2\tscore\na\tb\t{huge}\n"
+    for name, file, content in (
+        ("BoolQ", "rows.jsonl", BOOLQ.replace("true", f'"{huge}"')),
+        ("STS-B", "rows.tsv", table),
+        ("RTE", "rows.tsv", table),
+    ):
+        path = write(tmp_path, file, content)
+        with pytest.raises(DataError) as error:
+            load(tasks.get(name), "train", data_path=path)
+        assert len(str(error.value)) < len(str(path)) + 500
 
 
 ENTITY = [{"start": 0, "end": 0}]
@@ -537,6 +566,20 @@ ENTITY = [{"start": 0, "end": 0}]
         ("ReCoRD", {"idx": 0, "passage": {"text": "t", "entities": [{"start": "0", "end": 1}]}, "qas": []}),
         ("ReCoRD", {"idx": 0, "passage": {"text": "t", "entities": ENTITY}, "qas": ["q"]}),
         ("ReCoRD", {"idx": 0, "passage": {"text": "t", "entities": ENTITY}, "qas": [{"query": "q", "idx": 0}]}),
+        ("ReCoRD", {"idx": 0, "passage": {"text": " ", "entities": ENTITY}, "qas": [{"query": "q", "idx": 0}]}),
+        ("ReCoRD", {"idx": {"query": 0}, "passage": "t", "query": "q", "entities": "t", "answers": ["t"]}),
+        ("ReCoRD", {"idx": {"query": 0}, "passage": "t", "query": "q", "entities": ["t"], "answers": [1]}),
+        ("ReCoRD", {"idx": {"query": []}, "passage": "t", "query": "q", "entities": ["t"], "answers": ["t"]}),
+        (
+            "MultiRC",
+            {
+                "idx": {"paragraph": [], "question": 0, "answer": 0},
+                "paragraph": "t",
+                "question": "q",
+                "answer": "a",
+                "label": 1,
+            },
+        ),
         ("WSC", {"idx": 0, "text": "t", "label": True, "target": "it"}),
         ("WSC", {"idx": 0, "text": "t", "label": True}),
     ],
@@ -563,6 +606,33 @@ def test_broken_csv(tmp_path, content, expected):
     rejects(tmp_path, "MentalHealth", "rows.csv", content, *expected)
 
 
+@pytest.mark.parametrize("index", ["007", "1" * 5000, "\u0663", "+1", "x7"])
+def test_an_id_keeps_its_spelling(tmp_path, index):
+    path = write(tmp_path, "rows.tsv", HEADER + f"{index}\tone\ttwo\tentailment\n")
+    assert load(tasks.get("RTE"), "train", data_path=path)[0]["id"] == index
+
+
+def test_a_folder_in_a_files_place_and_paths_that_cannot_be(tmp_path):
+    (tmp_path / "train.tsv").mkdir()
+    task = tasks.get("RTE")
+    with pytest.raises(loaders.MissingData, match="cannot find .*train.tsv"):
+        load(task, "train", data_path=tmp_path)
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(loaders.MissingData, match="no such file or folder"):
+            load(task, "train", data_path=name)
+
+
+def test_a_file_that_is_there_and_cannot_be_read(tmp_path, monkeypatch):
+    path = write(tmp_path, "rows.tsv", HEADER + GOOD)
+
+    def gone(path):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    with pytest.raises(DataError, match="rows.tsv: cannot be read .No such file or directory."):
+        load(tasks.get("RTE"), "train", data_path=path)
+
+
 def test_a_label_that_training_did_not_have(tmp_path):
     task = loaders.with_labels(tasks.get("MentalHealth"), read("MentalHealth", "train"))
     path = write(tmp_path, "validation.csv", "text,status\nfine,Unseen\n")
@@ -570,6 +640,11 @@ def test_a_label_that_training_did_not_have(tmp_path):
         DataError, match="line 2: label 'Unseen' is none of anxiety, normal, personality disorder, 0, 1, 2"
     ):
         load(task, "validation", data_path=path)
+
+
+@pytest.mark.parametrize("label", [" Calm", "Calm ", "two\nlines", "tab\tbed", "<b>", "\xa0"])
+def test_a_label_that_no_answer_could_spell(tmp_path, label):
+    rejects(tmp_path, "MentalHealth", "rows.csv", f'text,status\nfine,Normal\nsad,"{label}"\n', "line 3", "not a word")
 
 
 def test_labels_that_are_numbers_are_names_and_not_ids(tmp_path):

@@ -133,6 +133,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
         ("BoolQ", '{"idx": 0, "label": "true"}\n{"idx": "1", "label": "true"}\n', "line 2: the id is '1', but 1"),
         ("BoolQ", '{"idx": 0, "label": "true"}\n[1]\n', "line 2"),
         ("BoolQ", '{"idx": 0, "label": "true"}\n{"idx": 1\n', "line 2"),
+        ("BoolQ", '{"idx": 0, "label": "true"}\n' + "[" * 100_000 + "\n", "line 2"),
     ],
 )
 def test_check_names_the_line(tmp_path, name, text, message):
