@@ -48,6 +48,9 @@ class Arguments:
     batch_sentence_num: int = field(default=32, metadata={"help": "prompts per step"})
     model_temperature: float = field(default=1.0, metadata={"help": "of sampling; evaluation is greedy"})
     load_in_8bit: bool = field(default=False, metadata={"help": "True: the base model's weights in 8 bits (CUDA)"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "True: Python files that come with the model may be run"}
+    )
     max_prompt_length: int = field(
         default=MAX_PROMPT_LENGTH, metadata={"help": "tokens; a longer prompt loses text from its passage"}
     )
@@ -154,6 +157,11 @@ def _check(arguments: Arguments) -> None:
         if (getattr(arguments, name) or 0) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
     one_of("report_to", arguments.report_to, REPORT_TO)
+    if processes.sharded_by():
+        raise ArgumentError(
+            f"accelerate's configuration asks for {processes.sharded_by()}, which is not supported: every process "
+            "needs the whole model; use scripts/accelerate/processes.yaml"
+        )
     if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
         raise ArgumentError(
             f"--report_to {arguments.report_to} needs that package: pip install {arguments.report_to}; or give none"

@@ -25,10 +25,12 @@ class Prediction:
     yes: float | None = None
 
 
-def load_engine(name: str, from_local: bool, load_in_8bit: bool, tokens: int) -> Engine:
+def load_engine(
+    name: str, from_local: bool, load_in_8bit: bool, tokens: int, trust_remote_code: bool = False
+) -> Engine:
     """The engine of a model that is only asked. Raises ModelError, also if it cannot read so many tokens at once."""
-    tokenizer = models.load_tokenizer(name, from_local)
-    model = models.load_model(name, from_local, load_in_8bit)
+    tokenizer = models.load_tokenizer(name, from_local, trust_remote_code)
+    model = models.load_model(name, from_local, load_in_8bit, trust_remote_code=trust_remote_code)
     check_length(model, name, tokens)
     engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
     try:

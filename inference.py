@@ -144,7 +144,8 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
 def load_engine(arguments: InferenceArguments, name: str) -> Engine:
     """The model and its tokenizer. Raises ModelError."""
     tokens = arguments.max_prompt_length + arguments.max_response_length
-    return evaluation.load_engine(name, arguments.from_local, arguments.load_in_8bit, tokens)
+    how = arguments.from_local, arguments.load_in_8bit, tokens, arguments.trust_remote_code
+    return evaluation.load_engine(name, *how)
 
 
 def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[dict]]:

@@ -130,11 +130,14 @@ def adapter_chain(name: str, from_local: bool) -> tuple[str, list[Path]]:
     return (str(embedded_folder()) if base == EMBEDDED else base), adapters
 
 
-def load_tokenizer(name: str, from_local: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; one without a padding token pads with end-of-sequence. Raises ModelError."""
+def load_tokenizer(name: str, from_local: bool = False, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; one without a padding token pads with end-of-sequence. Raises ModelError.
+
+    trust_remote_code: Python files that come with the model may be run.
+    """
     base, _ = adapter_chain(name, from_local)
     with _clear_errors(name), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-sequence token; choose another model")
     if tokenizer.pad_token_id is None:
@@ -143,14 +146,18 @@ def load_tokenizer(name: str, from_local: bool = False) -> PreTrainedTokenizerBa
 
 
 def load_model(
-    name: str, from_local: bool = False, load_in_8bit: bool = False, dtype: torch.dtype | None = None
+    name: str,
+    from_local: bool = False,
+    load_in_8bit: bool = False,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The causal language model, in eval mode, on the card (bfloat16) or the CPU (float32); adapters are merged in.
 
     Raises ModelError for a model that cannot be loaded, and for 8-bit weights without a CUDA card.
     """
     base, adapters = adapter_chain(name, from_local)
-    kwargs = {}
+    kwargs = {"trust_remote_code": trust_remote_code}
     if load_in_8bit:
         if not torch.cuda.is_available():
             raise ModelError("--load_in_8bit True needs a CUDA card, and there is none; leave it at False")
@@ -213,6 +220,11 @@ def _clear_errors(name: str):
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelError):
             raise
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the model --train_model_name {name} brings Python code of its own, which was not run; read it, and "
+                "give --trust_remote_code True if you trust it"
+            ) from error
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(

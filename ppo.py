@@ -141,8 +141,11 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
             f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(train)} training rows of "
             f"{task.name}; lower it"
         )
-    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
-    model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
+    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
+    model = models.load_model(
+        arguments.train_model_name, arguments.from_local, arguments.load_in_8bit,
+        trust_remote_code=arguments.trust_remote_code,
+    )  # fmt: skip
     tokens = arguments.max_prompt_length + arguments.max_response_length
     evaluation.check_length(model, arguments.train_model_name, tokens)
     if arguments.answer_space == "labels":

@@ -41,6 +41,12 @@ def quiet_others() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def sharded_by() -> str | None:
+    """What the launcher would cut the weights up with: the forward of engine.py needs them whole in every process."""
+    used = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
+    return next((name for name, variable in used.items() if os.environ.get(variable, "").lower() == "true"), None)
+
+
 def share(size: int) -> slice:
     """This process's part of `size` rows: the parts lie one behind the other and differ by at most one row."""
     bounds = [size * i // count() for i in (number(), number() + 1)]

@@ -240,13 +240,16 @@ def main(argv: list[str] | None = None) -> None:
 def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
     """A whole run: load, build, train, evaluate. What goes wrong, `guard` turns into one sentence."""
     parts = load(arguments, check(arguments))
-    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)
+    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
     table, shortened = dataset(arguments, parts, tokenizer)
     if len(table) < arguments.batch_sentence_num:
         raise ArgumentError(
             f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(table)} training rows; lower it"
         )
-    model = models.load_model(arguments.train_model_name, arguments.from_local, arguments.load_in_8bit)
+    model = models.load_model(
+        arguments.train_model_name, arguments.from_local, arguments.load_in_8bit,
+        trust_remote_code=arguments.trust_remote_code,
+    )  # fmt: skip
     tokens = arguments.max_prompt_length + arguments.max_response_length
     evaluation.check_length(model, arguments.train_model_name, tokens)
     if arguments.answer_space != "free":

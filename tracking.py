@@ -239,9 +239,7 @@ class WandbRun(TrainerCallback):
             if not self.failed:
                 self.run_callback.say(f"wandb: {first_line(error)}. The run goes on without it.")
             self.run, self.failed = None, True
-            with contextlib.suppress(
-                Exception, SystemExit
-            ):  # else it fails once more, at the very end
+            with contextlib.suppress(Exception, SystemExit):  # else it fails once more, at the very end
                 importlib.import_module("wandb").teardown()
 
 

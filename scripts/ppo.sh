@@ -27,6 +27,7 @@ options=(
     # --repeat_time 1                 # responses sampled per prompt
     # --data_path file.tsv            # train on this file or folder, in the task's own format
     # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
+    # --trust_remote_code False       # True: Python files that come with the model may be run
     # --config run.yaml               # options from a YAML file; what is set above or typed wins over it
     # --- PPO
     # --learning_rate 1e-4            # step size of the adapter

@@ -30,6 +30,7 @@ options=(
     # --learning_rate 2e-4            # step size of the adapter
     # --data_path file.tsv            # train on this file or folder, in the task's own format
     # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
+    # --trust_remote_code False       # True: Python files that come with the model may be run
     # --config run.yaml               # options from a YAML file; what is set above or typed wins over it
     # --- what is asked and what may be answered
     # --answer_space labels           # labels: only the task's labels; free: any token; score: the likeliest label

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import ppo
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "scripts" / "accelerate" / "processes.yaml"))
 ENVIRONMENT = {
@@ -89,6 +91,14 @@ def test_bad_input_is_said_once(model_folder, data_root, tmp_path):
     options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
     done = launch(2, "ppo.py", *options, "--from_local", "True", "--batch_sentence_num", "7", check=False)
     assert "--batch_sentence_num 7 cannot be divided among 2 processes" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_weights_that_are_cut_up_are_refused(name, monkeypatch, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(["--report_to", "none"])
+    assert stopped.value.code == 2 and "which is not supported" in capsys.readouterr().err
 
 
 def test_a_killed_process_ends_the_whole_run(model_folder, data_root, tmp_path):

@@ -208,7 +208,7 @@ def test_a_label_that_is_a_turn_of_the_layout_is_refused(chat, plain):
 
 
 def test_half_a_character_is_refused(chat):
-    with pytest.raises(prompts.PromptError, match=r"row 1 of MR .* '\\ud800' in sentence"):
+    with pytest.raises(prompts.PromptError, match=r"row 1 of MR .*'\\ud800' in sentence"):
         prompts.build(TASKS["MR"], {"id": 1, "sentence": "x\ud800", "label": 1}, chat)
 
 

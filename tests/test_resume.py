@@ -94,6 +94,17 @@ def test_sft_goes_on_too(model_folder, data_root, tmp_path):
     assert [key for key in expected if found[key] != expected[key]] == [] and found.keys() == expected.keys()
 
 
+def test_a_run_on_top_of_an_adapter_goes_on_too(interrupted, data_root, tmp_path):
+    """Its checkpoints carry the first adapter in start/, which must not become a part of the second."""
+    given = dict(max_steps=3, eval_steps=9, save_methods="step", save_freq=1)
+    for name, faults in {"straight": [()], "broken": [("send", 3, "SIGKILL"), ()]}.items():
+        command = argv(interrupted / "step-2", data_root, tmp_path / name, **given)
+        codes = [forked.run("ppo", command, tmp_path / f"{name}.txt", fault=fault).code for fault in faults]
+        assert codes[-1] == 0
+    assert (tmp_path / "broken" / "step-3" / "start" / "adapter_model.safetensors").exists()
+    assert contents(tmp_path / "broken") == contents(tmp_path / "straight")
+
+
 # --------------------------------------------------------------------------------------------------------- what resumes
 
 
