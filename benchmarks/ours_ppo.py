@@ -1,0 +1,128 @@
+"""One measured run of ppo.py: its own command line, with a clock on its steps and evaluations.
+
+    .venv/bin/python -m benchmarks.ours_ppo --inputs FILE -- --max_steps 3 --batch_sentence_num 16
+
+What follows `--` goes to ppo.py. A step's seconds are those of rollout, updates and optimizer. `--matrix_rate` also
+counts the step's operations and measures the machine's matrix rate.
+"""
+
+from benchmarks import common  # first: its clock starts here  # isort: skip
+
+import argparse
+import contextlib
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+import ppo
+import tracking
+from benchmarks.operations import llama, training_operations
+from engine import common_prefix
+
+SHAPES = ((256, 576, 1536), (1024, 576, 1536), (1024, 1024, 1024), (2048, 2048, 2048))
+TRIES = 10
+
+
+class ClockCallback(TrainerCallback):
+    """Times ppo.py's steps, notes its evaluations, and stops it at an accuracy or a time."""
+
+    def __init__(self, inputs: dict | None, until: float, time_limit: float):
+        self.clock, self.trainer = common.Clock(), None
+        self.inputs, self.until, self.time_limit = inputs, until, time_limit
+        self.prompts: list[list[list[int]]] = []  # of every step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.clock.steps.append(time.perf_counter() - self.began)
+        self.prompts.append([episode["prompt"] for episode in self.trainer.episodes])
+        if self.inputs is not None:
+            size = args.per_device_train_batch_size
+            start = size * (len(self.clock.steps) - 1)
+            rows = [row["ids"] for row in self.inputs["train"][start : start + size]]
+            distinct = self.prompts[-1][:: len(self.prompts[-1]) // size]
+            if rows and distinct[: len(rows)] != rows:
+                raise SystemExit("ppo.py did not take the rows of --inputs")
+        if time.perf_counter() - common.STARTED > self.time_limit:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.clock.evaluated(metrics["eval/score"], metrics["eval/seconds"])
+        if metrics["eval/score"] >= self.until:
+            control.should_training_stop = True
+
+
+def matrix_rate() -> dict[str, float]:
+    """Operations per second of torch.mm in float32 by shape, the best of some tries, about a second altogether."""
+    rates = {}
+    for rows, inner, columns in SHAPES:
+        a, b = torch.rand(rows, inner), torch.rand(inner, columns)
+        best = float("inf")
+        for _ in range(TRIES):
+            began = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - began)
+        rates[f"{rows}x{inner}x{columns}"] = 2 * rows * inner * columns / best
+    return rates
+
+
+def main() -> None:
+    own = sys.argv[1:]
+    own, passed = (own[: own.index("--")], own[own.index("--") + 1 :]) if "--" in own else (own, [])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", default="", help="check that these rows are taken")
+    parser.add_argument("--matrix_rate", action="store_true")
+    parser.add_argument("--until", type=float, default=2.0, help="stop at this held-out accuracy")
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
+    arguments = parser.parse_args(own)
+    inputs = common.read_inputs(arguments.inputs) if arguments.inputs else None
+    callback = ClockCallback(inputs, arguments.until, arguments.time_limit)
+
+    class Clocked(ppo.PPOTrainer):
+        def __init__(self, *positional, callbacks=(), **named):
+            super().__init__(*positional, callbacks=[*callbacks, callback], **named)
+            callback.trainer = self
+
+    ppo.PPOTrainer = Clocked
+    # At the start and at the end, as other programs may come and go on the machine.
+    rates = [matrix_rate()] if arguments.matrix_rate else []
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            ppo.main([*passed, "--report_to", "none", "--output_dir", str(folder)])
+        history = tracking.history(folder)
+    finally:
+        shutil.rmtree(folder)
+    trainer = callback.trainer
+    size = trainer.args.per_device_train_batch_size
+    figures = callback.clock.figures(size * trainer.samples_per_prompt)
+    lengths = [line["objective/response_length"] for line in history if "objective/response_length" in line]
+    figures["response_tokens"] = sum(lengths) / len(lengths) if lengths else 1.0  # summed over all labels: one token
+    shown = [len(prompt) for prompts in callback.prompts for prompt in prompts]
+    figures["prompt_tokens"] = sum(shown) / len(shown)
+    figures["micro_batch_tokens"] = trainer.engine.tokens_per_micro_batch
+    if arguments.matrix_rate:
+        rates.append(matrix_rate())
+        figures["matrix_rates"] = {shape: max(rate[shape] for rate in rates) for shape in rates[0]}
+        network = llama(trainer.model.config, common.LORA["r"])
+        figures["operations"] = [
+            training_operations(
+                network,
+                [len(prompt) for prompt in prompts],
+                common_prefix(prompts),
+                len(trainer.label_words),
+                trainer.args.ppo_epochs,
+            )["total"]
+            for prompts in callback.prompts
+        ]
+    common.emit(figures, ("torch", "transformers", "peft"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""One measured run of this project's scoring: the label with the highest log-likelihood for every prompt of a file.
+
+    .venv/bin/python -m benchmarks.ours_score --prompts FILE --choices negative,positive
+
+Seconds are from texts to scored answers, tokenization included, model loading not.
+"""
+
+from benchmarks import common  # first: its clock starts here  # isort: skip
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import evaluation
+import models
+import tasks
+from inference import InferenceArguments
+
+WARM_UP = 2  # prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with prompt and label")
+    parser.add_argument("--choices", required=True, help="the labels' spellings, with commas between them")
+    arguments = parser.parse_args()
+    lines = [json.loads(line) for line in arguments.prompts.read_text(encoding="utf-8").splitlines()]
+    task = replace(tasks.get("MR"), words=tuple(arguments.choices.split(",")))
+    at_once = InferenceArguments().batch_sentence_num
+    with contextlib.redirect_stdout(sys.stderr):
+        engine = evaluation.load_engine(models.EMBEDDED, False, False, 0)
+
+    def answer(rows: list[dict]) -> tuple[list[evaluation.Prediction], list[int]]:
+        ids = engine.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
+        found: list[evaluation.Prediction] = []
+        for start in range(0, len(ids), at_once):
+            found += evaluation.predict(engine, task, ids[start : start + at_once], "score", 1)
+        return found, [len(prompt) for prompt in ids]
+
+    answer(lines[:WARM_UP])
+    began = time.perf_counter()
+    found, lengths = answer(lines)
+    score = evaluation.score(task, lines, found)["score"]
+    seconds = time.perf_counter() - began
+    figures = {
+        "samples": len(lines),
+        "seconds": seconds,
+        "samples_per_second": len(lines) / seconds,
+        "prompt_tokens": sum(lengths) / len(lengths),
+        "score": score,
+        "answers": "".join(str(prediction.label) for prediction in found),
+    }
+    common.emit(figures, ("torch", "transformers"))
+
+
+if __name__ == "__main__":
+    main()

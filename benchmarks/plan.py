@@ -1,0 +1,206 @@
+"""What is measured: every benchmark as a list of jobs, a job being the command of one process and what it reads."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks import report
+
+WORK = Path("benchmarks/.work")
+TRL = {"TRL 0.11.4": ("trl-0.11.4", "trl_0_11_4.py"), "TRL 1.12.0": ("trl-1.12.0", "trl_1_12_0.py")}
+LM_EVAL = "lm-eval 0.4.13"
+RESPONSE_LENGTH = 8
+LIKE_FOR_LIKE = ["--answer_space", "free", "--policy_gradient", "sampled", "--repeat_time", "1"]
+LIKE_FOR_LIKE += ["--kl_coef", "0.05", "--max_response_length", str(RESPONSE_LENGTH)]
+CHOICES = {"own": "negative,positive", "short": " negative, positive"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    seeds: tuple[int, ...]
+    repeats: int
+    steps: int  # of PPO, the first one to warm up
+    learning_rates: tuple[str, ...]  # of TRL, in benchmark e
+    time_limit: int  # seconds for each run of TRL in benchmark e
+    batches: tuple[int, ...] = (16, 32)
+    ppo_epochs: tuple[int, ...] = (1, 4)
+    micro_batch: int = 4
+    growing_batches: tuple[int, ...] = (8, 16, 32, 64, 128)
+    prompt_lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    growing_shots: tuple[int, ...] = (0, 1, 4, 16)
+    shots: tuple[int, ...] = (0, 16)
+    rows: int = 400  # scored without demonstrations
+    rows_with_shots: int = 64
+    harness_batches: tuple[int, ...] = (1, 16, 64)
+    harness_batches_with_shots: tuple[int, ...] = (1, 4)
+    accuracy_rows: int = 4096
+    accuracy_batch: int = 32
+    accuracy_steps: int = 200  # at most, of TRL
+    eval_steps: int = 2
+    held_out: int = 400
+    ours_to_accuracy: tuple[str, ...] = ()
+
+
+# Hardly any work, but every kind of it.
+QUICK = dict(
+    repeats=1, steps=2, batches=(2,), ppo_epochs=(1,), micro_batch=1, growing_batches=(2, 4), prompt_lengths=(128, 192),
+    growing_shots=(0, 1), shots=(0, 1), rows=4, rows_with_shots=4, harness_batches=(2,),
+    harness_batches_with_shots=(2,),
+    accuracy_rows=16, accuracy_batch=2, accuracy_steps=1, eval_steps=1, held_out=4,
+    ours_to_accuracy=("--max_steps", "1", "--batch_sentence_num", "2"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process to measure. prepare: what must have been written before, as arguments of prepare.py."""
+
+    benchmark: str
+    program: str
+    conditions: dict
+    seed: int
+    data: str
+    command: tuple[str, ...]
+    prepare: tuple[tuple[str, ...], ...]
+    environment: str = ""  # of a baseline
+    repeat: int = 0
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+def ours(module: str, *arguments: str) -> tuple[str, ...]:
+    return ("-m", f"benchmarks.{module}", *arguments)
+
+
+def training_inputs(seed: int, rows: int, held_out: int = 4) -> tuple[str, tuple[str, ...]]:
+    """The file with MR's rows and prompts, and what prepares it. No more rows than are read: they take memory."""
+    path = str(WORK / f"training-seed{seed}-{rows}-rows-{held_out}-held-out.json")
+    sizes = ("--seed", str(seed), "--rows", str(rows), "--held_out", str(held_out))
+    return path, ("training", path, *sizes)
+
+
+def scoring_inputs(shots: int, rows: int) -> tuple[str, tuple[str, ...]]:
+    folder = str(WORK / f"scoring-{shots}-shots-{rows}-rows")
+    return folder, ("scoring", folder, "--shots", str(shots), "--rows", str(rows))
+
+
+def cost_jobs(plan: Plan) -> Iterator[Job]:
+    """a: the same rows, prompts, adapter, response length and PPO epochs for every program."""
+    seed = plan.seeds[0]
+    inputs, prepare = training_inputs(seed, plan.steps * max(plan.batches))
+    for batch in plan.batches:
+        for epochs in plan.ppo_epochs:
+            where = dict(
+                benchmark="a",
+                conditions={"batch": batch, "ppo_epochs": epochs},
+                seed=seed,
+                data=f"MR, {plan.steps - 1} measured steps after one to warm up, answers of at most "
+                f"{RESPONSE_LENGTH} tokens",
+                prepare=(prepare,),
+            )
+            own = ours("ours_ppo", "--inputs", inputs, "--", "--seed", str(seed), "--max_steps", str(plan.steps))
+            own += ("--batch_sentence_num", str(batch), "--ppo_epochs", str(epochs), "--eval_size", "2")
+            theirs = ("--inputs", inputs, "--seed", str(seed), "--steps", str(plan.steps), "--batch", str(batch))
+            theirs += ("--ppo_epochs", str(epochs), "--response_length", str(RESPONSE_LENGTH))
+            yield Job(program=report.DEFAULT, command=own, **where)
+            yield Job(program=report.LIKE_FOR_LIKE, command=(*own, *LIKE_FOR_LIKE), **where)
+            for name, (environment, script) in TRL.items():
+                baseline = dict(environment=environment, **where)
+                command = (f"benchmarks/{script}", *theirs)
+                yield Job(program=name, command=command, **baseline)
+                small = ("--micro_batch", str(plan.micro_batch))
+                yield Job(
+                    program=f"{name}, micro-batches of {plan.micro_batch}", command=(*command, *small), **baseline
+                )
+
+
+def scoring_jobs(plan: Plan) -> Iterator[Job]:
+    """b: the same prompts, as text, with and without demonstrations."""
+    inputs, training = training_inputs(plan.seeds[0], rows=1)
+    for shots in plan.shots:
+        rows = plan.rows_with_shots if shots else plan.rows
+        folder, prepare = scoring_inputs(shots, rows)
+        for prompt, choices in CHOICES.items():
+            where = dict(
+                benchmark="b",
+                conditions={"prompt": prompt, "rows": rows, "shots": shots},
+                seed=0,
+                data="MR, held-out rows",
+                prepare=(training, prepare),
+            )
+            what = ("--prompts", f"{folder}/{prompt}.jsonl", "--choices", choices)
+            yield Job(program=report.SCORING, command=ours("ours_score", *what), **where)
+            for batch in plan.harness_batches_with_shots if shots else plan.harness_batches:
+                more = ("--inputs", inputs, "--batch", str(batch))
+                command = ("benchmarks/lm_eval_score.py", *what, *more)
+                program = f"{LM_EVAL}, batches of {batch}"
+                yield Job(program=program, command=command, environment="lm-eval-0.4.13", **where)
+
+
+def share_jobs(plan: Plan) -> Iterator[Job]:
+    """c: operations per second in training against torch.mm's."""
+    seed = plan.seeds[0]
+    inputs, prepare = training_inputs(seed, plan.steps * max(plan.batches))
+    for batch in plan.batches:
+        command = ours("ours_ppo", "--inputs", inputs, "--matrix_rate", "--", "--seed", str(seed), "--eval_size", "2")
+        command += ("--max_steps", str(plan.steps), "--batch_sentence_num", str(batch))
+        data = f"MR, {plan.steps - 1} measured steps after one to warm up"
+        yield Job("c", report.DEFAULT, {"batch": batch}, seed, data, command, (prepare,))
+
+
+def growth_jobs(plan: Plan) -> Iterator[Job]:
+    """d: this project alone; prompts grow by joining MR's sentences, and the demonstrations are scored, not trained."""
+    seed, data = plan.seeds[0], f"MR, {plan.steps - 1} measured steps after one to warm up"
+    common = ("--seed", str(seed), "--max_steps", str(plan.steps), "--eval_size", "2", "--batch_sentence_num")
+    for batch in plan.growing_batches:
+        command = ours("ours_ppo", "--", *common, str(batch))
+        yield Job("d", report.DEFAULT, {"batch": batch}, seed, data, command, ())
+    batch = plan.batches[0]
+    for tokens in plan.prompt_lengths:
+        folder = str(WORK / f"long-{tokens}")
+        command = ours("ours_ppo", "--", *common, str(batch), "--task", "SST", "--data_path", folder)
+        command += ("--max_prompt_length", str(2 * tokens))
+        prepare = (("long", folder, "--tokens", str(tokens)),)
+        joined = f"MR's sentences joined, {plan.steps - 1} measured steps after one to warm up"
+        conditions = {"batch": batch, "prompt_tokens_about": tokens}
+        yield Job("d", report.DEFAULT, conditions, seed, joined, command, prepare)
+    for shots in plan.growing_shots:
+        folder, prepare = scoring_inputs(shots, plan.rows_with_shots)
+        command = ours("ours_score", "--prompts", f"{folder}/own.jsonl", "--choices", CHOICES["own"])
+        conditions = {"rows": plan.rows_with_shots, "shots": shots}
+        yield Job("d", report.SCORING, conditions, 0, "MR, held-out rows", command, (prepare,))
+
+
+def accuracy_jobs(plan: Plan) -> Iterator[Job]:
+    """e: training with frequent evaluation, until the highest target; TRL on the first seed, cut by the time limit."""
+    until = ("--until", str(max(report.TARGETS)))
+    data = f"MR, accuracy on {plan.held_out} held-out rows every so many steps"
+    for seed in plan.seeds:
+        inputs, prepare = training_inputs(seed, plan.accuracy_rows, plan.held_out)
+        command = ours("ours_ppo", "--inputs", inputs, *until, "--", "--seed", str(seed), "--eval_steps")
+        command += (str(plan.eval_steps), "--eval_size", str(plan.held_out), *plan.ours_to_accuracy)
+        where = dict(benchmark="e", seed=seed, data=data, prepare=(prepare,))
+        yield Job(program=report.DEFAULT, conditions={"learning_rate": "default"}, command=command, **where)
+        for name, (environment, script) in TRL.items() if seed == plan.seeds[0] else ():
+            for rate in plan.learning_rates:
+                command = (f"benchmarks/{script}", "--inputs", inputs, *until, "--seed", str(seed))
+                command += ("--time_limit", str(plan.time_limit), "--learning_rate", rate)
+                command += ("--batch", str(plan.accuracy_batch), "--steps", str(plan.accuracy_steps))
+                command += ("--eval_steps", str(plan.eval_steps))
+                conditions = {"learning_rate": rate}
+                yield Job(program=name, conditions=conditions, command=command, environment=environment, **where)
+
+
+JOBS = {"a": cost_jobs, "b": scoring_jobs, "c": share_jobs, "d": growth_jobs, "e": accuracy_jobs}
+
+
+def in_turns(jobs: list[Job], repeats: int) -> list[Job]:
+    """Every group of jobs under the same conditions as often as asked, its programs taking turns (A B A B)."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(json.dumps([job.conditions, job.seed]), []).append(job)
+    return [replace(job, repeat=n) for group in groups.values() for n in range(repeats) for job in group]

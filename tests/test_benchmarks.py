@@ -1,0 +1,248 @@
+"""The parts of benchmarks/ that compute without measuring: operations, tables, JSON lines, turns."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import engine
+from benchmarks import operations, plan, report
+from benchmarks.common import Clock
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+def test_operations_of_a_hand_computed_step():
+    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), rank=1)
+    # Prompts of 3 and 4 tokens that share 2: 2 + 1 + 2 = 5 tokens, 3 + 3 + 7 = 13 pairs of query and key.
+    counted = operations.training_operations(network, [3, 4], prefix=2, label_tokens=2)
+    assert counted == {
+        "blocks": 4 * 6 * 5,
+        "lora": 6 * (2 + 3) * 5,
+        "attention": 12 * 2 * 13,
+        "vocabulary": 2 * 4 * 2 * 2,
+        "total": 120 + 150 + 312 + 32,
+    }
+    twice = operations.training_operations(network, [3, 4], prefix=2, label_tokens=2, passes=2)
+    assert twice == {name: 2 * count for name, count in counted.items()}
+
+
+def test_attention_counts_the_pairs_of_a_causal_mask():
+    network = operations.Network(layers=3, hidden=8, query=8, linears=((8, 8),), rank=2)
+    prefix, lengths = 5, [7, 6, 11]
+    pairs = int(torch.ones(prefix, prefix).tril().sum())
+    pairs += sum(int(torch.ones(length, length).tril()[prefix:].sum()) for length in lengths)
+    counted = operations.training_operations(network, lengths, prefix, label_tokens=2)
+    assert counted["attention"] == 3 * 3 * 4 * 8 * pairs
+
+
+def test_the_network_of_a_model_has_the_parameters_that_the_model_has():
+    model = tiny_model()
+    network = operations.llama(model.config, rank=4)
+    linears = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    assert network.parameters == sum(linear.weight.numel() for linear in linears)
+    assert network.lora_parameters == sum(4 * sum(linear.weight.shape) for linear in linears)
+    assert (network.layers, network.hidden) == (2, 32)
+
+
+def test_a_prompt_that_is_all_prefix_is_refused():
+    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), rank=1)
+    with pytest.raises(ValueError, match="3 tokens is not longer than the shared prefix of 3"):
+        operations.training_operations(network, [5, 3], prefix=3, label_tokens=2)
+
+
+def test_a_batch_of_one_prompt_leaves_a_token_outside_the_prefix():
+    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), rank=1)
+    prompts = [[4, 5, 6]]
+    counted = operations.training_operations(network, [3], engine.common_prefix(prompts), label_tokens=2)
+    assert counted["blocks"] == 4 * 6 * 3
+
+
+# --------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def test_the_last_json_line_is_read_whatever_stands_around_it():
+    output = 'loading {"half": \n{"seconds": 1}\n{"seconds": 2, "text": "a\\nb"}\n{not json\nbye\n'
+    assert report.last_json(output) == {"seconds": 2, "text": "a\nb"}
+
+
+@pytest.mark.parametrize("output", ["", "no figures\n", "{broken\n", '["a list"]\n'])
+def test_output_without_a_json_line_is_refused(output):
+    with pytest.raises(ValueError, match="no line with a JSON object"):
+        report.last_json(output)
+
+
+def test_the_clock_leaves_the_warm_up_and_the_evaluations_out():
+    clock = Clock()
+    clock.steps = [9.0, 2.0, 4.0]
+    clock.evaluated(0.75, seconds=5.0)
+    figures = clock.figures(samples_per_step=4)
+    assert figures["seconds_per_sample"] == 6.0 / 8
+    assert (figures["samples_measured"], figures["samples"]) == (8, 12)
+    (moment,) = figures["evaluations"]
+    assert (moment["step"], moment["score"], moment["train_seconds"]) == (3, 0.75, 15.0)
+    assert moment["wall_seconds"] - moment["run_seconds"] == pytest.approx(5.0, abs=0.02)
+
+
+def test_without_a_measured_step_there_is_no_figure():
+    clock = Clock()
+    clock.steps = [1.0]
+    assert clock.figures(4)["seconds_per_sample"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def record(program: str, repeat: int = 0, benchmark: str = "a", seed: int = 0, conditions=None, **result) -> dict:
+    return {
+        "benchmark": benchmark,
+        "program": program,
+        "conditions": conditions or {"batch": 16},
+        "seed": seed,
+        "repeat": repeat,
+        "data": "MR",
+        "model": "a model",
+        "machine": {"cpu": "a processor", "cpus": 2, "memory_gb": 8.0},
+        "command": f"run {program}",
+        "date": "2000-01-01 00:00",
+        "busy": 0.05,
+        "result": {"threads": 2, "peak_memory_bytes": 1_500_000_000, "prompt_tokens": 122.5, **result},
+    }
+
+
+def cells(text: str, program: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {program} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_cost_table_compares_programs_under_the_same_conditions():
+    figures = dict(response_tokens=2.0)
+    records = [
+        record(report.DEFAULT, seconds_per_sample=0.25, **figures),
+        record(report.LIKE_FOR_LIKE, seconds_per_sample=0.5, **figures),
+        record("TRL", 0, seconds_per_sample=3.0, **figures),
+        record("TRL", 1, seconds_per_sample=5.0, **figures),
+        record("TRL", 0, conditions={"batch": 32}, seconds_per_sample=7.0, **figures),
+    ]
+    text = report.render(records)
+    assert "a processor, 2 logical CPUs, 8.0 GB, threads: 2. a model, MR." in text
+    assert cells(text, "TRL") == [
+        "TRL", "16", "3.00 to 5.00", "1.50", "122", "2.0", "8.0 x", "16 x", "0.050", "0", "[3]"
+    ]  # fmt: skip
+    assert "[3] run TRL" in text
+    assert "| TRL | 32 | 7.00 | 1.50 | 122 | 2.0 | - | - | 0.050 | 0 | [3] |" in text  # nothing to compare with
+
+
+def test_a_failed_measurement_is_a_row_that_says_so():
+    failed = record("TRL")
+    del failed["result"]
+    text = report.render([{**failed, "failed": "exit code 1"}])
+    assert cells(text, "TRL")[2] == "failed: exit code 1"
+    assert "threads: unknown" in text
+
+
+def test_scoring_shows_the_share_of_equal_answers():
+    figures = dict(samples=4, seconds=2.0, score=0.5)
+    both = dict(benchmark="b", conditions={"prompt": "own", "rows": 4, "shots": 0})
+    text = report.render(
+        [
+            record("ours", samples_per_second=8.0, answers="0110", **figures, **both),
+            record("other", samples_per_second=2.0, answers="0111", **figures, **both),
+        ]
+    )
+    header = cells(text, "program")
+    row = dict(zip(header, cells(text, "other"), strict=True))
+    assert (row["same answers"], row["rate, ours = 1"], row["samples per s"]) == ("0.750", "0.25 x", "2.00")
+
+
+def test_the_share_leaves_the_warm_up_out():
+    result = dict(operations=[9, 30e9, 50e9], step_seconds=[5.0, 1.0, 1.0], matrix_rates={"a": 60e9, "b": 80e9})
+    text = report.render([record(report.DEFAULT, benchmark="c", **result)])
+    row = dict(zip(cells(text, "program"), cells(text, report.DEFAULT), strict=True))
+    assert (row["GFLOP per s"], row["torch.mm, GFLOP per s"], row["share"]) == ("40.0", "80.0", "0.50")
+
+
+def test_time_to_an_accuracy_is_that_of_the_first_evaluation_that_has_it():
+    def moment(step: int, score: float) -> dict:
+        return {"step": step, "score": score, "train_seconds": 10.0 * step, "run_seconds": 11.0, "wall_seconds": 12.0}
+
+    evaluations = [moment(0, 0.5), moment(2, 0.81), moment(4, 0.79), moment(6, 0.84)]
+    assert report.reached(evaluations, 0.80)["step"] == 2
+    assert report.reached(evaluations, 0.85) is None
+    result = dict(evaluations=evaluations, samples=192, step_seconds=[1.0] * 6)
+    text = report.render([record(report.DEFAULT, benchmark="e", **result)])
+    row = dict(zip(cells(text, "program"), cells(text, report.DEFAULT), strict=True))
+    assert (row["80%: training s"], row["80%: samples"], row["best"]) == ("20", "64", "0.840")
+    assert (row["85%: training s"], row["85%: samples"]) == ("not reached", "-")
+
+
+def test_growth_has_a_table_for_each_thing_that_grows():
+    cost = dict(benchmark="d", seconds_per_sample=1.0)
+    scored = dict(samples=4, seconds=2.0, score=0.5, samples_per_second=2.0)
+    records = [
+        record(report.DEFAULT, conditions={"batch": 8}, **cost),
+        record(report.DEFAULT, conditions={"batch": 16, "prompt_tokens_about": 128}, **cost),
+        record("ours", benchmark="d", conditions={"rows": 4, "shots": 16}, **scored),
+    ]
+    text = report.render(records)
+    assert text.count(f"### {report.TITLES['d']}") == 3
+    assert "| program | batch | prompt tokens about | s per sample |" in text
+    assert "| program | rows | shots | samples per s |" in text
+
+
+@pytest.mark.parametrize(
+    "values, digits, text",
+    [([1.23456], 3, "1.23"), ([0.012345], 3, "0.0123"), ([123.4], 3, "123"), ([1.0, 2.0], 2, "1.0 to 2.0"),
+     ([1.001, 1.002], 3, "1.00"), ([0.0], 2, "0.00"), ([12345.0], 3, "12345"), ([-0.5], 2, "-0.50")],
+)  # fmt: skip
+def test_spread(values, digits, text):
+    assert report.spread(values, digits) == text
+
+
+def test_a_cell_cannot_break_the_table():
+    assert report.table(["a"], [["x | y"]]).splitlines()[-1] == "| x \\| y |"
+
+
+# ------------------------------------------------------------------------------------------------------ what is run
+
+
+def test_a_measurement_that_is_repeated_replaces_the_old_one_alone():
+    old = [record("A", seconds=1), record("A", 1, seconds=2), record("B", seconds=3)]
+    new = record("A", 1, seconds=9)
+    assert report.merged(old, [new]) == [old[0], old[2], new]
+
+
+def make_plan(**changes) -> plan.Plan:
+    settings = dict(seeds=(0, 1), repeats=2, steps=3, learning_rates=("1e-4", "2e-4"), time_limit=60)
+    return plan.Plan(**{**settings, **changes})
+
+
+def test_programs_take_turns():
+    jobs = plan.in_turns(list(plan.cost_jobs(make_plan(batches=(16,), ppo_epochs=(1,)))), repeats=2)
+    programs = [job.program for job in jobs]
+    assert programs[: len(programs) // 2] == programs[len(programs) // 2 :]
+    assert len(set(programs)) == len(programs) // 2 == 6
+    assert [job.repeat for job in jobs] == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize("name", plan.JOBS)
+@pytest.mark.parametrize("changes", [{}, plan.QUICK], ids=["whole", "quick"])
+def test_no_two_jobs_of_a_benchmark_are_the_same_measurement(name, changes):
+    jobs = list(plan.JOBS[name](make_plan(**changes)))
+    keys = {json.dumps([job.program, job.conditions, job.seed, job.repeat]) for job in jobs}
+    assert len(keys) == len(jobs) > 0
+    inputs = {argument for job in jobs for argument in job.command if argument.startswith(str(plan.WORK))}
+    written = {arguments[1] for job in jobs for arguments in job.prepare}
+    assert all(any(path.startswith(place) for place in written) for path in inputs)
+
+
+def test_all_programs_of_the_cost_benchmark_get_the_same_work():
+    for job in plan.cost_jobs(make_plan()):
+        command = dict(zip(job.command, job.command[1:]))
+        assert command["--inputs"] == job.prepare[0][1]
+        assert int(command["--ppo_epochs"]) == job.conditions["ppo_epochs"]
+        assert int(command.get("--batch") or command["--batch_sentence_num"]) == job.conditions["batch"]
+        assert int(command.get("--steps") or command["--max_steps"]) == 3
+        if job.program != report.DEFAULT:
+            assert int(command.get("--response_length") or command["--max_response_length"]) == 8
