@@ -255,6 +255,7 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
     if arguments.answer_space != "free":
         for part in parts:
             evaluation.label_trie(part.task, tokenizer)  # labels that this model cannot tell apart are refused now
+    problem = Engine(model, tokenizer).check()
     name = parts[0].task.name if len(parts) == 1 else arguments.task
     if arguments.datafolder_path:
         name = Path(arguments.datafolder_path).resolve().name
@@ -289,9 +290,9 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
     trainer.episodes = episodes
     tracking.quiet_trainer(trainer)
     progress.trainer = trainer
-    problem = trainer.engine.check()
+    trainer.engine.plain = problem is not None
     if problem:
-        print(f"This model does not fit the shared-prefix forward ({problem}); evaluation uses the plain one.")
+        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
     if run.checkpoint:
         print(f"Going on from {run.checkpoint}")
     trainer.train_from(run.checkpoint)
@@ -325,7 +326,8 @@ def finish(arguments: SFTArguments, name: str, parts: list[Part], folder: Path, 
     print(
         f"\nEverything lies in {folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, summary.json.\n"
         f"Evaluate it, or train on:\n"
-        f"  bash scripts/inference.sh --task {asked} --from_local True --train_model_name {best}\n"
+        f"  bash scripts/inference.sh --task {asked} --answer_space {arguments.answer_space} --from_local True "
+        f"--train_model_name {best}\n"
         f"  bash scripts/ppo.sh --task {parts[0].task.name} --from_local True --train_model_name {best}"
     )
 
