@@ -1,6 +1,7 @@
 """What all four scripts share on the command line, and how bad input ends: exit code 2 and one clear sentence."""
 
 import contextlib
+import difflib
 import importlib.util
 import json
 import sys
@@ -134,9 +135,14 @@ def _read_config(path: str, names: set[str]) -> dict:
         raise ArgumentError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"--config {path} must hold lines of the form `name: value`")
-    unknown = sorted(set(values) - names)
+    unknown = sorted(map(str, set(values) - names))
     if unknown:
-        raise ArgumentError(f"--config {path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(names))}")
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        raise ArgumentError(
+            f"--config {path} has the unknown key {unknown[0]!r}; "
+            + (f"did you mean {near[0]}? " if near else "")
+            + "--help lists all names"
+        )
     return values
 
 

@@ -463,7 +463,7 @@ def test_another_run_is_never_overwritten(run_ppo, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, parts",
     [
-        ("learning_rat: 1\n", ["learning_rat", "unknown key"]),
+        ("learning_rat: 1\n", ["learning_rat'", "unknown key", "did you mean learning_rate?"]),
         ("- a\n- b\n", ["name: value"]),
         ("a: b: c\n", ["cannot be read"]),
         ("max_steps: [1, 2]\n", ["max_steps"]),
