@@ -135,7 +135,6 @@ def _correlation(function: Callable, answers: Answers) -> float:
         value = 0.0
     else:
         value = float(function(answers.gold, predicted).statistic)
-        value = value if np.isfinite(value) else 0.0  # differences so small that their squares are 0
     return _less_invalid(value, answers.invalid.mean())
 
 
