@@ -25,6 +25,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+import lora
 from models import ModelError
 
 TOKENS_PER_MICRO_BATCH = 1024
@@ -192,6 +193,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer, tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH):
         self.model = model
+        lora.fuse(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = causal_lm.base_model
         self.causal_lm = causal_lm
@@ -630,7 +632,7 @@ def training_tokens(model: nn.Module) -> int:
 
     A token keeps about 32 hidden and 12 feed-forward vectors a layer (measured on SmolLM2-135M-Instruct with LoRA on
     all linear layers). Rounded down to a power of two, so that the same machine gives the same micro-batches. On a CPU
-    more than 256 tokens only cost memory; on a card more than 16,384 gain nothing.
+    more than 512 tokens only cost memory; on a card more than 16,384 gain nothing.
     """
     config, weight = model.config.get_text_config(), next(model.parameters())
     hidden = config.hidden_size
@@ -638,7 +640,7 @@ def training_tokens(model: nn.Module) -> int:
     per_token = config.num_hidden_layers * (32 * hidden + 12 * inner) * weight.element_size()
     cuda = weight.device.type == "cuda"
     free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
-    fits = min(max(free // 2 // per_token, SMALLEST_BUDGET), 16384 if cuda else 256)
+    fits = min(max(free // 2 // per_token, SMALLEST_BUDGET), 16384 if cuda else 512)
     return 1 << (int(fits).bit_length() - 1)
 
 

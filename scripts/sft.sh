@@ -25,9 +25,9 @@ options=(
     # --start_epoch 0                 # number of the first epoch
     # --end_epoch 1                   # train up to, not including, this epoch: whole epochs
     # --max_steps 100                 # stop after so many steps; 0: when the epochs end
-    # --batch_sentence_num 32         # rows per step
+    # --batch_sentence_num 8          # rows per step
     # --repeat_time 1                 # how often each row is seen in an epoch
-    # --learning_rate 2e-4            # step size of the adapter
+    # --learning_rate 5e-4            # step size of the adapter
     # --data_path file.tsv            # train on this file or folder, in the task's own format
     # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
     # --trust_remote_code False       # True: Python files that come with the model may be run

@@ -1,0 +1,100 @@
+"""lora.py against peft's own forward: states, gradients, and every layer that must stay as it is."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lora
+from models import lora_config
+
+
+def with_adapter(kind: str = "llama", **changes) -> nn.Module:
+    """A tiny model with an adapter that does something: LoRA's B starts at zero."""
+    model = get_peft_model(tiny_model(kind), lora_config(**changes))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+def logits_and_gradients(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    ids = torch.arange(24).view(3, 8) % 30
+    logits = model(ids).logits
+    logits.square().sum().backward()
+    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "neox"])  # qwen2 and neox have biases
+def test_logits_and_gradients_are_those_of_peft(kind):
+    model = with_adapter(kind)
+    logits, gradients = logits_and_gradients(model)
+    assert lora.fuse(model) == sum(type(m) is lora.Linear for m in model.modules()) > 0
+    fused_logits, fused_gradients = logits_and_gradients(model)
+    assert error(fused_logits, logits) < 1e-5
+    assert len(fused_gradients) == len(gradients)
+    for fused, expected in zip(fused_gradients, gradients):
+        assert error(fused, expected) < 1e-4
+
+
+def test_the_gradient_by_finite_differences():
+    torch.manual_seed(0)
+    sizes = dict(x=(2, 3, 5), weight=(4, 5), bias=(4,), a=(2, 5), b=(4, 2))
+    tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    for name in ("x", "a", "b"):
+        tensors[name].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: lora.LowRankLinear.apply(*given, 1.5), tuple(tensors.values()))
+
+
+def test_an_adapter_that_is_switched_off_or_merged_does_what_peft_does():
+    model, ids = with_adapter(), torch.arange(8)[None]
+    lora.fuse(model)
+    with torch.no_grad():
+        adapted = model(ids).logits
+        with model.disable_adapter():
+            off = model(ids).logits
+        expected = tiny_model()(ids).logits
+        model.merge_adapter()
+        merged = model(ids).logits
+    assert error(off, expected) < 1e-6
+    assert error(merged, adapted) < 1e-5
+    assert error(adapted, expected) > 1e-2
+
+
+@pytest.mark.parametrize("changes", [dict(lora_dropout=0.1), dict(use_dora=True), dict(lora_bias=True)])
+def test_layers_with_more_to_them_stay_as_they_are(changes):
+    assert lora.fuse(with_adapter(**changes)) == 0
+
+
+def test_two_adapters_stay_as_they_are():
+    model = with_adapter()
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))
+    assert lora.fuse(model) == 0
+
+
+def test_a_model_without_an_adapter_is_left_alone():
+    assert lora.fuse(tiny_model()) == 0
+
+
+def test_two_data_types_stay_as_they_are():
+    model = with_adapter()
+    for layer in model.modules():
+        if isinstance(layer, lora.Linear):
+            layer.base_layer.to(torch.bfloat16)
+    assert lora.fuse(model) == 0
+
+
+def test_under_autocast_the_layer_computes_in_peft_s_way():
+    model = with_adapter()
+    ids = torch.arange(8)[None]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits
+        lora.fuse(model)
+        assert torch.equal(model(ids).logits, expected)
