@@ -13,10 +13,9 @@ from trl import SFTConfig, SFTTrainer
 
 import processes
 from checkpoints import RunTrainer, TrainingError
-from engine import Engine, Tree
+from engine import Engine, Tree, training_tokens
 
 IGNORED = -100  # label of a token without loss
-TOKENS_PER_MICRO_BATCH = {"cpu": 384, "cuda": 4096}
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Finetuner(RunTrainer, SFTTrainer):
     def __init__(self, *args, evaluate_with, on_save, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluation, self.on_save = evaluate_with, on_save
-        self.engine = Engine(self.model, self.processing_class, TOKENS_PER_MICRO_BATCH[self.args.device.type])
+        self.engine = Engine(self.model, self.processing_class, training_tokens(self.model))
         self.episodes: list[dict] = []  # of the last evaluation
         self.started = 0.0
 

@@ -4,6 +4,8 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -23,6 +25,9 @@ from transformers import (
 )
 
 from models import lora_config
+
+# The real files of the tasks; they are other people's text, and a test that reads them skips where they are absent.
+ORIGINALS = Path(os.environ.get("NLU_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 torch.set_num_threads(1)  # more only cost time on models of this size
 

@@ -163,7 +163,7 @@ def test_other_errors_are_not_taken_for_a_full_memory(tokenizer):
 
 def test_the_budget_follows_free_memory(monkeypatch):
     model = tiny_model()  # 2 layers x (32 x 32 + 12 x 64 numbers) x 4 bytes = 14,336 bytes a token
-    for free, tokens_that_fit in ((2 * 14_336 * 100, 64), (2 * 14_336 * 128, 128), (2**40, 256), (0, 16)):
+    for free, tokens_that_fit in ((2 * 14_336 * 100, 64), (2 * 14_336 * 128, 128), (2**40, 512), (0, 16)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert training_tokens(model) == tokens_that_fit
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ORIGINALS
 
 import evaluation
 import fewshot
@@ -230,19 +231,32 @@ def test_score_is_the_label_with_the_highest_log_likelihood(name, scored):
         assert prediction.yes == pytest.approx(float(torch.softmax(totals, -1)[-1]), abs=1e-5)
 
 
-def test_score_agrees_with_lm_evaluation_harness(scored):
+def agrees_with_lm_evaluation_harness(model, tokenizer, rows: list[dict], batch_size: int) -> None:
     harness = pytest.importorskip("lm_eval.models.huggingface")
-    model, tokenizer = scored
     task = tasks.get("SST")
-    rows = loaders.load(task, "train", data_root=FIXTURES)
     built, _ = prompts.build_all(task, rows, tokenizer)
-    judge = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    judge = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in task.words]
     asked = [(("", word), prompt, ids) for prompt in built for word, ids in zip(task.words, spellings)]
     totals = torch.tensor([value for value, _ in judge._loglikelihood_tokens(asked)]).view(len(built), -1)
     found = evaluation.predict(Engine(model, tokenizer), task, built, "score", 16)
     assert [prediction.label for prediction in found] == totals.argmax(-1).tolist()
     assert [prediction.yes for prediction in found] == pytest.approx(totals.softmax(-1)[:, -1].tolist(), abs=1e-4)
+
+
+def test_score_agrees_with_lm_evaluation_harness(scored):
+    rows = loaders.load(tasks.get("SST"), "train", data_root=FIXTURES)
+    agrees_with_lm_evaluation_harness(*scored, rows, batch_size=1)
+
+
+def test_score_agrees_with_lm_evaluation_harness_on_real_rows():
+    pytest.importorskip("lm_eval.models.huggingface")
+    if not (ORIGINALS / "GLUE/SST/dev.tsv").is_file():
+        pytest.skip(f"no original SST files below {ORIGINALS}")
+    model, tokenizer = models.load_model(models.EMBEDDED), models.load_tokenizer(models.EMBEDDED)
+    rows = splits.choose(tasks.get("SST"), loaders.load(tasks.get("SST"), "validation", ORIGINALS), 200)
+    assert len(rows) == 200
+    agrees_with_lm_evaluation_harness(model, tokenizer, rows, batch_size=8)
 
 
 # ------------------------------------------------------------------------------------------------- which rows

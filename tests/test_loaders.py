@@ -2,20 +2,19 @@
 
 import importlib.util
 import json
-import os
 import sys
 import types
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from conftest import ORIGINALS
 
 import loaders
 import tasks
 from loaders import DataError, load
 
 FIXTURES = Path(__file__).parent / "fixtures"
-ORIGINALS = Path(os.environ.get("NLU_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def read(name: str, split: str, root: Path = FIXTURES) -> list[dict]:
