@@ -3,6 +3,7 @@
 With a single process the same calls give back what they are given.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -18,6 +19,13 @@ T = TypeVar("T")
 
 def _state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())  # on a CPU they talk by gloo
+
+
+@atexit.register
+def _hang_up() -> None:
+    """Threads of gloo that still run while the interpreter takes everything down would abort a process that is done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def count() -> int:
