@@ -163,10 +163,10 @@ def _check(arguments: Arguments) -> None:
         if (getattr(arguments, name) or 0) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
     one_of("report_to", arguments.report_to, REPORT_TO)
-    if processes.sharded_by():
+    if arguments.load_in_8bit and processes.LAUNCHED_FOR in ("FSDP", "ZeRO-3"):
         raise ArgumentError(
-            f"accelerate's configuration asks for {processes.sharded_by()}, which is not supported: every process "
-            "needs the whole model; use scripts/accelerate/processes.yaml"
+            f"--load_in_8bit True: {processes.LAUNCHED_FOR} cannot cut up weights of 8 bits; leave it at False, or use "
+            "scripts/accelerate/processes.yaml"
         )
     if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
         raise ArgumentError(

@@ -24,6 +24,7 @@ from transformers import TrainerState
 
 import manifests
 import processes
+import sharding
 from engine import Engine
 from manifests import CheckpointError
 
@@ -158,6 +159,7 @@ class RunTrainer:
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train up to `max_steps`, from a checkpoint if there is one; one that is there already is only loaded."""
+        sharding.hide_frozen(self.model)
         if checkpoint is None:
             self.train()
             return

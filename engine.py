@@ -26,6 +26,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import lora
+import processes
+import sharding
 from models import ModelError
 
 TOKENS_PER_MICRO_BATCH = 1024
@@ -200,6 +202,7 @@ class Engine:
         self.head = causal_lm.get_output_embeddings()
         self.tokenizer = tokenizer
         self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.in_step = sharding.active()  # all processes must run the same number of blocks
         self.plain = False  # set by check() for a model that the shared prefix does not fit
         self.tokens_computed = 0
         self._reference_prefix: tuple[tuple[int, ...], list] | None = None
@@ -232,6 +235,8 @@ class Engine:
             # Only here is the traceback gone, and with it the tensors that its frames hold.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if self.in_step:  # one process cannot begin again alone
+                raise MemoryError(f"out of memory ({message}); lower --tokens_per_micro_batch")
             if self.tokens_per_micro_batch <= SMALLEST_BUDGET:
                 raise MemoryError(f"out of memory with one row at a time ({message})")
             self.tokens_per_micro_batch //= 2
@@ -246,7 +251,10 @@ class Engine:
         result: list = [None] * len(prompts)
         with self._reference_model() if reference else contextlib.nullcontext():
             prefix = self._prefix(prompts, reference)
-            for rows in self._batches(prompts, trees, prefix[0]):
+            for rows in self._in_step(self._batches(prompts, trees, prefix[0])):
+                if rows is None:
+                    self._idle()
+                    continue
                 states = self._forward([prompts[i] for i in rows], [trees[i] for i in rows], prefix)
                 for i, state in zip(rows, states):
                     result[i] = state[: len(trees[i])]
@@ -259,11 +267,17 @@ class Engine:
         the shared prefix's keys and values are sent through it. Memory holds one micro-batch and the prefix.
         """
         length = 0 if self.plain else common_prefix(prompts)
-        pairs, leaves = [], []
+        pairs, leaves, last = [], [], None
+        someone = self._anyone(length > 0)
         if length:
-            pairs = self._run_prefix(prompts[0][:length])
+            pairs, last = self._run_prefix(prompts[0][:length])
             leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in pairs]
-        for rows in self._batches(prompts, trees, length):
+        elif someone:
+            last = self._idle()
+        for rows in self._in_step(self._batches(prompts, trees, length)):
+            if rows is None:
+                self._idle().mean().mul(0).backward()
+                continue
             yield rows, self._forward([prompts[i] for i in rows], [trees[i] for i in rows], (length, leaves))
         # Without an adapter in front of it (keys of the first layer, say) a tensor carries no gradient.
         sent = [
@@ -272,6 +286,9 @@ class Engine:
             for x, leaf in zip(pair, leaf_pair)
             if x.requires_grad and leaf.grad is not None
         ]
+        if self.in_step and last is not None:
+            # Cut up weights are brought together when a block's output has a gradient, be it zero as the last one's.
+            sent.append((last, torch.zeros_like(last)))
         if sent:
             torch.autograd.backward([x for x, _ in sent], [grad for _, grad in sent])
 
@@ -282,24 +299,40 @@ class Engine:
     def _prefix(self, prompts: list[list[int]], reference: bool = False) -> tuple[int, list]:
         """(length, keys and values per layer (1, heads, length, size)) of the tokens that all prompts begin with."""
         length = 0 if self.plain else common_prefix(prompts)
-        if not length:
-            return 0, []
-        ids = tuple(prompts[0][:length])
-        if reference and self._reference_prefix is not None:
-            # The reference never changes: any longer prefix that was computed before begins with this one.
-            known, pairs = self._reference_prefix
-            if known[:length] == ids:
-                return length, [(k[:, :, :length], v[:, :, :length]) for k, v in pairs]
-        pairs = self._run_prefix(list(ids))
+        ids = tuple(prompts[0][:length]) if length else ()
+        known, pairs = self._reference_prefix if reference and self._reference_prefix else ((), [])
+        # The reference never changes: any longer prefix that was computed before begins with this one.
+        missing = known[:length] != ids
+        if self._anyone(missing) and not missing:
+            self._idle()
+        if not missing:
+            return length, [(k[:, :, :length], v[:, :, :length]) for k, v in pairs] if length else []
+        pairs, _ = self._run_prefix(list(ids))
         if reference:
             self._reference_prefix = (ids, pairs)
         return length, pairs
 
-    def _run_prefix(self, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _run_prefix(self, ids: list[int]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """Keys and values per layer, and the states (1, tokens, hidden)."""
         self.tokens_computed += len(ids)
         cache = DynamicCache()
-        self.backbone(torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        ids = torch.tensor([ids], device=self.device)
+        states = self.backbone(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return [(layer.keys, layer.values) for layer in cache.layers], states
+
+    def _in_step(self, batches: list) -> Iterator:
+        """The batches; where weights are cut up, then None for as long as another process has a batch left."""
+        most = max(processes.together([len(batches)])) if self.in_step else len(batches)
+        yield from batches
+        yield from [None] * (most - len(batches))
+
+    def _anyone(self, flag: bool) -> bool:
+        """Whether the flag is set here or, where weights are cut up, in any process."""
+        return any(processes.together([flag])) if self.in_step else flag
+
+    def _idle(self) -> torch.Tensor:
+        """Run every block once for the other processes' sake. Returns states that nobody needs."""
+        return self.backbone(torch.tensor([[0]], device=self.device), use_cache=False).last_hidden_state
 
     def _cache(self, pairs: list, rows: int) -> DynamicCache:
         """A cache that begins with the prefix's keys and values, expanded (not copied) over the rows."""
@@ -408,7 +441,14 @@ class Engine:
         # Room for the answers: a decoding row holds its prompt and about as many nodes as tokens are generated.
         room = min(samples * max_new_tokens, 64)
         lengths = [len(p) - prefix[0] + room for p in prompts]
-        for rows in micro_batches(lengths, 4 * self.tokens_per_micro_batch):
+        for rows in self._in_step(micro_batches(lengths, 4 * self.tokens_per_micro_batch)):
+            if rows is None:
+                self._idle()
+                for _ in range(max_new_tokens):
+                    if not self._anyone(False):
+                        break
+                    self._idle()
+                continue
             streams = [torch.Generator().manual_seed(seeds[i]) if seeds else None for i in rows]
             batch_states = self._decode(
                 [prompts[i] for i in rows],
@@ -499,8 +539,11 @@ class Engine:
                     )
                 )
             keep = [place for place, new in enumerate(grown) if new]
-            if not keep:
+            if not self._anyone(bool(keep)):
                 break
+            if not keep:
+                self._idle()
+                continue
             if len(keep) < len(rows):
                 rows, grown = [rows[p] for p in keep], [grown[p] for p in keep]
                 if cache is not None:
@@ -634,7 +677,7 @@ def training_tokens(model: nn.Module) -> int:
     all linear layers). Rounded down to a power of two, so that the same machine gives the same micro-batches. On a CPU
     more than 512 tokens only cost memory; on a card more than 16,384 gain nothing.
     """
-    config, weight = model.config.get_text_config(), next(model.parameters())
+    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_token = config.num_hidden_layers * (32 * hidden + 12 * inner) * weight.element_size()

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 import metrics
 import models
 import processes
 import prompts
 import rewards
+import sharding
+from arguments import Arguments
 from engine import TOKENS_PER_MICRO_BATCH, Answer, Engine, LabelTrie, row_seeds
 from models import ModelError
 from tasks import Task
@@ -25,20 +28,30 @@ class Prediction:
     yes: float | None = None
 
 
-def load_engine(
-    name: str, from_local: bool, load_in_8bit: bool, tokens: int, trust_remote_code: bool = False
-) -> Engine:
-    """The engine of a model that is only asked. Raises ModelError, also if it cannot read so many tokens at once."""
-    tokenizer = models.load_tokenizer(name, from_local, trust_remote_code)
-    model = models.load_model(name, from_local, load_in_8bit, trust_remote_code=trust_remote_code)
-    check_length(model, name, tokens)
-    engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
+def load_model(name: str, tokenizer, arguments: Arguments) -> tuple[PreTrainedModel, str | None]:
+    """The model, cut up if it was launched for that, and why its engine must use the plain forward (None: it need not).
+
+    Raises ModelError, also if the model cannot read as many tokens as the arguments allow.
+    """
+    how = arguments.from_local, arguments.load_in_8bit
+    model = models.load_model(name, *how, trust_remote_code=arguments.trust_remote_code)
+    check_length(model, name, arguments.max_prompt_length + arguments.max_response_length)
     try:
-        problem = engine.check()
+        problem = Engine(model, tokenizer).check()
+        sharding.cut(model)
     except ValueError as error:
         raise ModelError(f"--train_model_name {name}: {error}") from error
     if problem:
         print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
+    return model, problem
+
+
+def load_engine(name: str, arguments: Arguments) -> Engine:
+    """The engine of a model that is only asked. Raises ModelError."""
+    tokenizer = models.load_tokenizer(name, arguments.from_local, arguments.trust_remote_code)
+    model, problem = load_model(name, tokenizer, arguments)
+    engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
+    engine.plain = problem is not None
     return engine
 
 

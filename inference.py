@@ -141,13 +141,6 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
     return jobs
 
 
-def load_engine(arguments: InferenceArguments, name: str) -> Engine:
-    """The model and its tokenizer. Raises ModelError."""
-    tokens = arguments.max_prompt_length + arguments.max_response_length
-    how = arguments.from_local, arguments.load_in_8bit, tokens, arguments.trust_remote_code
-    return evaluation.load_engine(name, *how)
-
-
 def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[dict]]:
     """For every row its demonstrations: none."""
     return [[]] * len(job.rows)
@@ -201,7 +194,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
     """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
     with clear_errors(program):
         jobs = load_jobs(arguments, check(arguments))
-        engine, loaded = load_engine(arguments, jobs[0].model), jobs[0].model
+        engine, loaded = evaluation.load_engine(jobs[0].model, arguments), jobs[0].model
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
         top = processes.from_main(
@@ -220,7 +213,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
             with clear_errors(program):
                 if job.model != loaded:
                     engine, loaded = None, job.model  # the old one goes first: two may not fit
-                    engine = load_engine(arguments, job.model)
+                    engine = evaluation.load_engine(job.model, arguments)
                 transformers.set_seed(arguments.seed)
                 trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
                 own = method or ("trained" if trained else "zero-shot")

