@@ -404,5 +404,5 @@ def test_a_prompt_longer_than_the_model_can_read_is_refused(model_folder, data_r
     ],
 )
 def test_every_declared_argument_is_read(kind, files):
-    source = "".join((ROOT / name).read_text() for name in [*files, "arguments.py", "runs.py"])
+    source = "".join((ROOT / name).read_text() for name in [*files, "arguments.py", "evaluation.py", "runs.py"])
     assert [f.name for f in fields(kind) if f"arguments.{f.name}" not in source] == []
