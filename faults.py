@@ -1,6 +1,7 @@
-"""What may happen to a training run from outside, and how it ends then: signals, a lost terminal, a full disk.
+"""What may happen to a run from outside, and how it ends then: signals, a lost terminal, a full disk.
 
 SIGTERM, SIGHUP, Ctrl-C    a checkpoint at the end of the step, exit code 143, 129 or 130; a second Ctrl-C: at once
+                           (in inference.py and fewshot.py always at once: what was answered is on the disk)
 nobody reads the output    the run goes on without it
 anything that stops it     one sentence, and how to go on; exit code 1, or 2 for bad input
 """
@@ -31,11 +32,12 @@ class Stopped(BaseException):
 
 
 class Guard(TrainerCallback):
-    """Stands around a training run; one of the trainer's callbacks, so that a signal ends the run between two steps."""
+    """Stands around a run; in training one of the callbacks, so that a signal ends the run between two steps."""
 
     def __init__(self, program: str):
         self.program = program
         self.folder: Path | None = None  # the run's, once there is one
+        self.kept = ""  # what a run without checkpoints leaves
         self.training = False
         self.received: int | None = None
         self.at_exit: list[Callable[[int], None]] = []  # called with the exit code
@@ -87,6 +89,8 @@ class Guard(TrainerCallback):
 
     def where(self) -> str:
         """Where the run stands."""
+        if self.kept:
+            return self.kept
         found = checkpoints_of(self.folder) if self.folder else []
         return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
@@ -99,7 +103,7 @@ class Guard(TrainerCallback):
 
 @contextlib.contextmanager
 def guard(program: str) -> Iterator[Guard]:
-    """Everything of a training run between its arguments and its end happens in here."""
+    """Everything of a run between its arguments and its end happens in here."""
     self = Guard(program)
     code = 1
     with surviving_streams(), contextlib.ExitStack() as handlers:

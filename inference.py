@@ -10,6 +10,7 @@ each has a folder of its own, and <suite>.json holds the suite's score. With `--
 there too, and with `--submission True` the suite's zip. fewshot.py is the same with demonstrations in the prompts.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 import transformers
 
 import evaluation
+import faults
 import loaders
 import metrics
 import models
@@ -29,7 +31,7 @@ import splits
 import submission
 import tasks
 import tracking
-from arguments import ArgumentError, Arguments, as_dict, clear_errors, get_tasks, one_of, parse
+from arguments import ArgumentError, Arguments, as_dict, get_tasks, one_of, parse
 from engine import Engine
 from tasks import Task
 
@@ -192,36 +194,39 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
 
 def run(arguments: InferenceArguments, program: str, method: str = "", show: Callable = no_shots) -> None:
     """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
-    with clear_errors(program):
+    with faults.guard(program) as guard, contextlib.ExitStack() as held:
         jobs = load_jobs(arguments, check(arguments))
         engine, loaded = evaluation.load_engine(jobs[0].model, arguments), jobs[0].model
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
-        top = processes.from_main(
-            lambda: Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, name)
-        )
-    print(models.device_line())
-    done: dict[str, dict] = {}
-    try:
+        top = guard.folder = processes.from_main(lambda: open_folder(arguments, name, held))
+        guard.kept = "the answers so far are kept"
+        print(models.device_line())
+        done: dict[str, dict] = {}
         for job in jobs:
             folder = top / runs.folder_of(job.task) if several else top
             folder.mkdir(exist_ok=True)
-            if summary := processes.from_main(lambda path=folder / "summary.json": path.exists() and path.read_text()):
+            summary = processes.from_main(lambda path=folder / "summary.json": path.exists() and path.read_text())
+            if summary:
                 done[job.task.name] = json.loads(summary)
                 print(f"{job.task.name} is already done.")
                 continue
-            with clear_errors(program):
-                if job.model != loaded:
-                    engine, loaded = None, job.model  # the old one goes first: two may not fit
-                    engine = evaluation.load_engine(job.model, arguments)
-                transformers.set_seed(arguments.seed)
-                trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
-                own = method or ("trained" if trained else "zero-shot")
-                done[job.task.name] = run_job(arguments, job, engine, folder, own, show)
-    except KeyboardInterrupt:
-        raise SystemExit(f"{program}: interrupted; go on with: --resume {top}") from None
-    if processes.is_main():
-        finish(arguments, jobs, top, done, several)
+            if job.model != loaded:
+                engine, loaded = None, job.model  # the old one goes first: two may not fit
+                engine = evaluation.load_engine(job.model, arguments)
+            transformers.set_seed(arguments.seed)
+            trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
+            own = method or ("trained" if trained else "zero-shot")
+            done[job.task.name] = run_job(arguments, job, engine, folder, own, show)
+        if processes.is_main():
+            finish(arguments, jobs, top, done, several)
+
+
+def open_folder(arguments: InferenceArguments, name: Task | str, held: contextlib.ExitStack) -> Path:
+    """The run's folder, a new one or that of `--resume`; closed to other runs for as long as `held` is open."""
+    folder = Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, name)
+    held.enter_context(runs.lock(folder))
+    return folder
 
 
 def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict[str, dict], several: bool) -> None:

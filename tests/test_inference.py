@@ -1,6 +1,8 @@
 """inference.py and fewshot.py with a tiny random model: what they write, and that nothing is computed twice."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -18,6 +20,7 @@ import loaders
 import metrics
 import models
 import prompts
+import runs
 import splits
 import submission
 import tasks
@@ -146,27 +149,37 @@ def test_sampling_depends_on_the_seed_and_greedy_does_not(model_folder, data_roo
 class Interrupted:
     """evaluation.predict that counts the rows it was asked for, and is interrupted after some calls."""
 
-    def __init__(self, monkeypatch, calls: int | None = None):
-        self.original, self.calls, self.rows = evaluation.predict, calls, 0
+    def __init__(self, monkeypatch, calls: int | None = None, number: int = signal.SIGTERM):
+        self.original, self.calls, self.rows, self.signal = evaluation.predict, calls, 0, number
         monkeypatch.setattr(evaluation, "predict", self)
 
     def __call__(self, engine, task, prompts, **how):
         if self.calls == 0:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), self.signal)
         self.calls = None if self.calls is None else self.calls - 1
         self.rows += len(prompts)
         return self.original(engine, task, prompts, **how)
 
 
-@pytest.mark.parametrize("cut", ["", "half a line", "half a batch"])
-def test_an_interrupted_run_goes_on_where_it_stopped(model_folder, data_root, tmp_path, monkeypatch, cut):
+@pytest.mark.parametrize(
+    ("cut", "number", "code"), [("", "SIGINT", 130), ("half a line", "SIGTERM", 143), ("half a batch", "SIGHUP", 129)]
+)
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    model_folder, data_root, tmp_path, monkeypatch, capsys, cut, number, code
+):
     options = ("--task", "SST", "--batch_sentence_num", "3", "--do_sample", "True", "--answer_space", "free")
     options += ("--max_response_length", "3")
     whole = answer(model_folder, tmp_path / "whole", *options, data=data_root)
     with monkeypatch.context() as patch:
-        Interrupted(patch, calls=2)
-        with pytest.raises(SystemExit, match="--resume"):
+        Interrupted(patch, 2, signal.Signals[number])
+        # pytest may have been started with the signal ignored, as under nohup.
+        patch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+        with pytest.raises(SystemExit) as stopped:
             answer(model_folder, tmp_path / "run", *options, data=data_root)
+    said = (
+        f"stopped at once by {number}; the answers so far are kept. Go on with:\n  bash scripts/inference.sh --resume"
+    )
+    assert stopped.value.code == code and f"inference.py: {said} {tmp_path / 'run'}\n" in capsys.readouterr().err
     assert not (tmp_path / "run" / "predictions.jsonl").exists()  # never half a file under its name
     with open(tmp_path / "run" / inference.predictions.UNFINISHED, "a") as file:
         third = (whole / "predictions.jsonl").read_text().splitlines()[6]
@@ -176,6 +189,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model_folder, data_root, tm
     assert counted.rows == 12 - 6
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
     assert summary(tmp_path / "run")["metrics"] == summary(whole)["metrics"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(model_folder, data_root, tmp_path, capsys):
+    output = answer(model_folder, tmp_path / "run", "--task", "SST", data=data_root)
+    (output / "summary.json").unlink()
+    with runs.lock(output):
+        assert f"{output} is in use" in refused(capsys, "--resume", str(output))
+    inference.main(["--resume", str(output), "--report_to", "none"])
+    assert (output / "summary.json").exists()
 
 
 def test_finished_tasks_are_not_computed_again(model_folder, tmp_path, monkeypatch, capsys):
