@@ -69,3 +69,18 @@ def test_command(command, trained, tmp_path):
     extra = [*(TINY_TRAINING if training else TINY), "--output_dir", str(tmp_path / "run")]
     assert succeeded(run(command, extra))
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## What happens when ...")[1].split("\n## ")[0]
+    files = dict((letter, name) for name, letter in re.findall(r"`(tests/test_\w+\.py)` ([A-Z])\b", section))
+    named = 0
+    for row in section.splitlines():
+        for letters, names in re.findall(r"((?:[A-Z], )*[A-Z]) ((?:`\w+`(?:, )?)+)", row.rsplit(" | ", 1)[-1]):
+            for letter in letters.split(", "):
+                functions = re.findall(r"def (test_\w+)", (ROOT / files[letter]).read_text(encoding="utf-8"))
+                for name in re.findall(r"`(\w+)`", names):
+                    assert any(name in function for function in functions), (files[letter], name)
+                    named += 1
+    assert named > 30
