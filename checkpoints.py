@@ -148,13 +148,15 @@ class RunTrainer:
     """Stands before a Trainer in a class's bases.
 
     The class sets `engine` (on the model in training), `evaluation` (`(engine) -> dict` of held-out figures, whose
-    `score` decides what is best) and `on_save` (called with every checkpoint's folder before it counts as written);
+    `score` decides what is best), `on_save` (called with every checkpoint's folder before it counts as written) and
+    `samples_per_step` (of all processes);
     its arguments have `save_methods` ("step" or "epoch") and `epoch_offset` (the number of the first epoch).
     """
 
     engine: Engine
     evaluation: Callable[[Engine], dict[str, float]]
     on_save: Callable[[Path], None]
+    samples_per_step: int
     saved_step: int | None = None  # of the last checkpoint that was written or loaded
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -192,6 +194,11 @@ class RunTrainer:
             _remove(Path(self.args.output_dir) / OLD_BEST)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def so_far(self) -> dict[str, float]:
+        """What every line of the dashboards says beside its own figures: samples seen, the most memory held."""
+        samples = self.state.global_step * self.samples_per_step
+        return {"train/samples": samples, "time/peak_memory_bytes": processes.peak_memory_bytes()}
 
     def _best_score(self) -> float | None:
         """The score of what lies in best/; without it, the best that the run knows of."""

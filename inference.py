@@ -253,7 +253,8 @@ def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict
     else:
         top_words = "for each task predictions.jsonl (every prompt and answer) and summary.json"
     print(f"\n{top} holds {top_words}.")
-    tracking.log_figures(arguments.report_to, top, as_dict(arguments), figures)
+    method = next(iter(done.values()))["method"]
+    tracking.log_figures(arguments.report_to, top, as_dict(arguments), figures, method)
 
 
 def main(argv: list[str] | None = None) -> None:

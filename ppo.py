@@ -175,7 +175,7 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
 
     config = trainer_config(arguments, folder, len(train))
     progress = tracking.RunCallback(folder, task, tokenizer)
-    dashboards = tracking.wandb_callbacks(arguments.report_to, progress)
+    dashboards = tracking.wandb_callbacks(arguments.report_to, progress, "ppo")
     guard.at_exit += [dashboard.close for dashboard in dashboards]
     masked = arguments.answer_space == "labels"
     trainer = PPOTrainer(

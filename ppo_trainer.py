@@ -310,6 +310,10 @@ class PPOTrainer(RunTrainer, Trainer):
         return loss
 
     @property
+    def samples_per_step(self) -> int:
+        return self.args.per_device_train_batch_size * processes.count() * self.samples_per_prompt
+
+    @property
     def samples_per_prompt(self) -> int:
         return 1 if self.expected else self.args.samples_per_prompt
 
@@ -689,7 +693,7 @@ class PPOTrainer(RunTrainer, Trainer):
             logs = {"policy/loss": logs.pop("loss"), "policy/learning_rate": logs.pop("learning_rate"),
                     "policy/grad_norm": logs.pop("grad_norm", 0.0), **logs, **self._step_metrics}  # fmt: skip
             self._step_metrics = {}
-        super().log(logs, start_time)
+        super().log({**logs, **self.so_far()}, start_time)
 
     # ------------------------------------------------------------------------------- optimizer, checkpoints, resume
 

@@ -5,6 +5,8 @@ With a single process the same calls give back what they are given.
 
 import atexit
 import os
+import platform
+import resource
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -67,6 +69,13 @@ def quiet_others() -> None:
     """From here on only the main process writes to standard output."""
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on its card if there is one, else in all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def share(size: int) -> slice:

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import resource
 import socket
 import subprocess
 import tempfile
@@ -224,13 +223,6 @@ def write_json(path: Path, data: dict) -> None:
         raise
 
 
-def peak_memory_bytes() -> int:
-    """The most memory the run has held: on the card if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
 def versions() -> dict[str, str]:
     """What the run was computed with: Python, the packages, the hardware and the project's commit."""
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -274,7 +266,7 @@ def write_summary(
         "answer_space": arguments.answer_space,
         "samples": samples,
         "train_seconds": round(train_seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": processes.peak_memory_bytes(),
         "metrics": metrics,
         "versions": versions(),
         "arguments": as_dict(arguments),

@@ -268,7 +268,7 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
     print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
     print(f"{arguments.train_model_name}, learning rate {arguments.learning_rate:g}; the run lies in {folder}")
     progress = tracking.RunCallback(folder, parts[0].task, tokenizer)
-    dashboards = tracking.wandb_callbacks(arguments.report_to, progress)
+    dashboards = tracking.wandb_callbacks(arguments.report_to, progress, "sft")
     guard.at_exit += [dashboard.close for dashboard in dashboards]
     episodes: list[dict] = []
     trainer = Finetuner(

@@ -97,4 +97,9 @@ class Finetuner(RunTrainer, SFTTrainer):
             }
             self._metrics["train"].clear()
             self.started = 0.0
-        Trainer.log(self, logs, start_time)
+        Trainer.log(self, {**logs, **self.so_far()}, start_time)
+
+    @property
+    def samples_per_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.count()

@@ -152,7 +152,7 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, float]) -> None:
+def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, float], method: str) -> None:
     """Send the figures of a run that does not train, which has one point in time, to its dashboard."""
     prepare_reporting(report_to, folder)
     if report_to == "tensorboard":
@@ -163,9 +163,10 @@ def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, f
                 writer.add_scalar(name, value, 0)
     elif report_to != "none":  # wandb, and trackio, which has the same calls
         dashboard = importlib.import_module(report_to)
-        where = {"dir": wandb_folder(folder)} if report_to == "wandb" else {}
+        own = {"dir": wandb_folder(folder), "job_type": method} if report_to == "wandb" else {}
+        project = os.environ.get("WANDB_PROJECT", "nlu")
         try:
-            dashboard.init(project=os.environ.get("WANDB_PROJECT", "nlu"), name=folder.name, config=config, **where)
+            dashboard.init(project=project, name=folder.name, group=config["task"], config=config, **own)
             dashboard.log(figures)
             dashboard.finish()
         except Exception as error:  # the work is done and written; a dashboard is no reason to fail
@@ -175,12 +176,15 @@ def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, f
 class WandbRun(TrainerCallback):
     """The figures, and a table of episodes that grows with every evaluation, in one wandb run over all resumes.
 
-    Whatever fails in wandb costs one line of warning and the dashboard, never the run. A point's step is the number of
-    its line in history.jsonl: what is sent again after a resume falls on what is there already.
+    Runs are grouped by task, their job type is the method (ppo or sft). Whatever fails in wandb costs one line of
+    warning and the dashboard, never the run. A point's step is the number of its line in history.jsonl: what is sent
+    again after a resume falls on what is there already. With WANDB_LOG_MODEL=end, as for transformers' own callback,
+    best/ becomes an artifact of a run that ends well.
     """
 
-    def __init__(self, run_callback: RunCallback):
-        self.run_callback, self.run, self.rows, self.failed = run_callback, None, [], False
+    def __init__(self, run_callback: RunCallback, method: str):
+        self.run_callback, self.method = run_callback, method
+        self.run, self.rows, self.failed = None, [], False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.run is not None or self.failed or not state.is_world_process_zero:
@@ -192,6 +196,7 @@ class WandbRun(TrainerCallback):
         def start(mode: str | None) -> None:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "nlu"), name=folder.name, id=about["id"], resume="allow",
+                group=about["task"], job_type=self.method,
                 config={name: about[name] for name in ("arguments", "versions", "data_hash", "task_version")},
                 mode=mode, reinit="finish_previous", dir=wandb_folder(folder),
             )  # fmt: skip
@@ -201,7 +206,9 @@ class WandbRun(TrainerCallback):
         except Exception as error:
             self.run_callback.say(f"wandb: {first_line(error)}. The run is kept offline, for `wandb sync`.")
             self._try(lambda: start("offline"))
-        self._try(lambda: self.run.define_metric("*", step_metric="train/global_step"))
+        for group in GROUPS:  # methods see unequal numbers of samples in a step
+            axis = "train/samples" if group == "eval/" else "train/global_step"
+            self._try(lambda name=f"{group}*", axis=axis: self.run.define_metric(name, step_metric=axis))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         figures = {name: value for name, value in logs.items() if name.startswith(GROUPS)}
@@ -227,8 +234,15 @@ class WandbRun(TrainerCallback):
     def close(self, code: int = 0) -> None:
         """Bring what was sent to its end; with another code than 0 the dashboard shows a run that broke off."""
         if self.run is not None:
+            if code == 0 and os.environ.get("WANDB_LOG_MODEL", "") in ("end", "checkpoint"):
+                self._try(self._keep_best)
             self._try(lambda: self.run.finish(exit_code=code))
             self.run = None
+
+    def _keep_best(self) -> None:
+        artifact = importlib.import_module("wandb").Artifact(f"best-{self.run.id}", type="model")
+        artifact.add_dir(str(self.run_callback.folder / "best"))
+        self.run.log_artifact(artifact)
 
     def _try(self, action: Callable[[], None]) -> None:
         if self.run is None and self.failed:
@@ -248,9 +262,9 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def wandb_callbacks(report_to: str, run_callback: RunCallback) -> list[TrainerCallback]:
+def wandb_callbacks(report_to: str, run_callback: RunCallback, method: str) -> list[TrainerCallback]:
     """What writes to wandb, if that is the dashboard."""
-    return [WandbRun(run_callback)] if report_to == "wandb" else []
+    return [WandbRun(run_callback, method)] if report_to == "wandb" else []
 
 
 def history(folder: Path) -> list[dict]:

@@ -85,7 +85,7 @@ def argv(model: Path, data: Path, **options) -> list[str]:
 def start(arguments: list[str], folder: Path) -> subprocess.Popen:
     """The real script, on a machine without a wandb account; what it prints lies beside its folder."""
     environment = {n: v for n, v in os.environ.items() if not n.startswith("WANDB_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NETRC": "/no/such/file"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NETRC": "/no/such/file", "WANDB_LOG_MODEL": "end"}
     with open(folder.with_suffix(".txt"), "w") as output:
         return subprocess.Popen(
             [sys.executable, ROOT / "ppo.py", *arguments, "--output_dir", folder],
@@ -196,11 +196,11 @@ def test_what_is_printed_is_readable(processes):
     assert "Traceback" not in text and "Warning" not in text, text
 
 
-def wandb_figures(path: Path) -> list[dict]:
-    """What was logged to an offline run: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+def wandb_records(path: Path) -> list:
+    """The records of an offline run: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, place, message, figures = path.read_bytes(), 7, b"", []
+    data, place, message, records = path.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
         rest = 32768 - place % 32768
         if rest < 7:
@@ -210,11 +210,15 @@ def wandb_figures(path: Path) -> list[dict]:
         message += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record, message = Record.FromString(message), b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                figures.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return figures
+            records.append(Record.FromString(message))
+            message = b""
+    return records
+
+
+def wandb_figures(records: list) -> list[dict]:
+    """What was logged, line by line."""
+    lines = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items} for items in lines]
 
 
 def test_a_free_run_reports_to_wandb_without_an_account(processes):
@@ -228,13 +232,21 @@ def test_a_free_run_reports_to_wandb_without_an_account(processes):
     assert steps[0]["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert steps[0]["objective/invalid_rate"] > 0.9 and steps[0]["objective/reward"] < -2.5
     (path,) = folder.rglob("*.wandb")
-    figures = wandb_figures(path)
+    records = wandb_records(path)
+    figures = wandb_figures(records)
     logged = [line["objective/reward"] for line in figures if "objective/reward" in line]
     assert logged == [pytest.approx(line["objective/reward"]) for line in steps]
     assert [line["eval/score"] for line in figures if "eval/score" in line] == [
         pytest.approx(line["eval/score"]) for line in history if "eval/score" in line
     ]
     assert [line["episodes/nrows"] for line in figures if "episodes/nrows" in line] == [0, 8]
+    assert [line["train/samples"] for line in figures if "eval/score" in line] == [0, 4 * 8 * 2]
+    assert all(line["time/peak_memory_bytes"] > 1e6 for line in figures if "policy/loss" in line)
+    (about,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (about.run_group, about.job_type) == ("SST", "ppo")
+    (kept,) = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"
+               and record.artifact.type == "model"]  # fmt: skip
+    assert "adapter_model.safetensors" in {entry.path for entry in kept.manifest.contents}
 
 
 def test_a_killed_run_goes_on_where_it_was(processes, run_ppo, tmp_path, capsys):
