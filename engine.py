@@ -235,8 +235,8 @@ class Engine:
             # Only here is the traceback gone, and with it the tensors that its frames hold.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if self.in_step:  # one process cannot begin again alone
-                raise MemoryError(f"out of memory ({message}); lower --tokens_per_micro_batch")
+            if self.in_step:
+                raise MemoryError(f"out of memory ({message}), and with cut up weights no process can begin again alone")
             if self.tokens_per_micro_batch <= SMALLEST_BUDGET:
                 raise MemoryError(f"out of memory with one row at a time ({message})")
             self.tokens_per_micro_batch //= 2
