@@ -236,7 +236,7 @@ class Engine:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self.in_step:
-                raise MemoryError(f"out of memory ({message}), and with cut up weights no process can begin again alone")
+                raise MemoryError(f"out of memory ({message}), and with weights cut up none can begin again alone")
             if self.tokens_per_micro_batch <= SMALLEST_BUDGET:
                 raise MemoryError(f"out of memory with one row at a time ({message})")
             self.tokens_per_micro_batch //= 2
