@@ -11,6 +11,7 @@ import torch
 from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_lora
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+import attention
 from engine import MASKED, Answer, Engine, LabelTrie, Tree, common_prefix, micro_batches, training_tokens
 from models import ModelError
 
@@ -72,6 +73,13 @@ def never(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------- states, gradients
 
 
+@pytest.fixture(params=[attention.SHORTEST, 1], ids=["expanded", "apart"])
+def any_prefix(request, monkeypatch):
+    """How the shared prefix's keys and values are attended to: expanded over the rows, or apart from the rows' own."""
+    monkeypatch.setattr(attention, "SHORTEST", request.param)
+
+
+@pytest.mark.usefixtures("any_prefix")
 @pytest.mark.parametrize("case", PROMPTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_equal_the_plain_forward(kind, case, tokenizer):
@@ -86,6 +94,17 @@ def test_states_equal_the_plain_forward(kind, case, tokenizer):
             assert error(engine.logits(state), logits) < 1e-4
             some = [4, 1, 30]
             assert error(engine.logits(state, some), logits[:, some]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_long_prefix_is_attended_to_apart(kind, tokenizer, monkeypatch):
+    attend, seen = attention._attend, []
+    monkeypatch.setattr(attention, "_attend", lambda *inputs: seen.append(inputs) or attend(*inputs))
+    engine = Engine(tiny_model(kind), tokenizer)
+    for engine.apart_from, times in ((len(PREFIX), 2), (len(PREFIX) + 1, 0), (attention.SHORTEST, 0)):
+        seen.clear()
+        engine.states(PROMPTS["prefix"], trees_for(ENDS))
+        assert len(seen) == times * engine.model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("case", PROMPTS)
@@ -233,6 +252,7 @@ def test_the_reference_is_the_model_without_its_adapter(tokenizer):
 # -------------------------------------------------------------------------------------------------------- generation
 
 
+@pytest.mark.usefixtures("any_prefix")
 @pytest.mark.parametrize("case", PROMPTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_answers_equal_those_of_transformers(kind, case, tokenizer):
@@ -279,6 +299,7 @@ def test_the_stop_rule_sees_the_text_and_ends_the_answer(tokenizer):
     assert answers[0][0].text in seen
 
 
+@pytest.mark.usefixtures("any_prefix")
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_of_generation_are_those_of_its_trees(kind, tokenizer):
     """Sampling with several answers per prompt: what the cache gave equals a forward over the finished trees."""
@@ -299,6 +320,7 @@ def answers_of(engine, prompts, **settings) -> list[list[list[int]]]:
     return [[answer.tokens for answer in group] for group in engine.generate(prompts, **settings)[1]]
 
 
+@pytest.mark.usefixtures("any_prefix")
 @pytest.mark.parametrize("kind", [*KINDS, "mpt"])
 def test_a_batch_of_one_answers_as_a_batch_of_many(kind, tokenizer):
     model = tiny_model(kind)
