@@ -189,7 +189,7 @@ class RunTrainer:
         if score is not None and (best is None or score > best):
             self.state.best_metric, self.state.best_global_step = score, self.state.global_step
             self._write_folder("best", self.save_model, score=score)
-        self.log(dict(metrics))
+        self.log({**metrics, **self.so_far()})
         if self.saved_step == self.state.global_step and processes.is_main():
             _remove(Path(self.args.output_dir) / OLD_BEST)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

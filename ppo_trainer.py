@@ -691,9 +691,10 @@ class PPOTrainer(RunTrainer, Trainer):
         """Add the step's PPO metrics to Trainer's own, under the names of the dashboards."""
         if "loss" in logs:
             logs = {"policy/loss": logs.pop("loss"), "policy/learning_rate": logs.pop("learning_rate"),
-                    "policy/grad_norm": logs.pop("grad_norm", 0.0), **logs, **self._step_metrics}  # fmt: skip
+                    "policy/grad_norm": logs.pop("grad_norm", 0.0), **logs, **self._step_metrics,
+                    **self.so_far()}  # fmt: skip
             self._step_metrics = {}
-        super().log({**logs, **self.so_far()}, start_time)
+        super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------- optimizer, checkpoints, resume
 

@@ -94,10 +94,11 @@ class Finetuner(RunTrainer, SFTTrainer):
                 "train/token_accuracy": inner["mean_token_accuracy"],
                 "train/entropy": inner["entropy"],
                 "time/seconds_per_step": time.perf_counter() - self.started,
+                **self.so_far(),
             }
             self._metrics["train"].clear()
             self.started = 0.0
-        Trainer.log(self, {**logs, **self.so_far()}, start_time)
+        Trainer.log(self, logs, start_time)
 
     @property
     def samples_per_step(self) -> int:
