@@ -58,9 +58,11 @@ for method in "${methods[@]}"; do
             about=(--task "$task" --train_model_name "$model" --seed "$seed" ${data[@]+"${data[@]}"})
             case "$task $method" in
             "AX-b SFT" | "AX-b PPO"*) # has no training rows: the model that was trained on RTE answers it
+                # Its last weights, as in all figures here: best/ is the untrained model where training did not help.
                 trained="$out/RTE/$method-$seed"
                 [ -e "$trained/summary.json" ] || continue
-                about=(--task "$task" --seed "$seed" --from_local True --train_model_name "$trained/best")
+                last=$(ls -dt "$trained"/step-* "$trained"/epoch-* 2>/dev/null | head -n 1 || true)
+                about=(--task "$task" --seed "$seed" --from_local True --train_model_name "$last")
                 [ "$method" != PPO-free ] || about+=(--answer_space free)
                 run "$folder" inference.sh "${about[@]}"
                 ;;
