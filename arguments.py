@@ -15,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 import processes
+import sharding
 import tasks
 from loaders import DataError
 from manifests import CheckpointError
@@ -163,7 +164,7 @@ def _check(arguments: Arguments) -> None:
         if (getattr(arguments, name) or 0) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
     one_of("report_to", arguments.report_to, REPORT_TO)
-    if arguments.load_in_8bit and processes.LAUNCHED_FOR in ("FSDP", "ZeRO-3"):
+    if arguments.load_in_8bit and processes.LAUNCHED_FOR in sharding.CUTTING:
         raise ArgumentError(
             f"--load_in_8bit True: {processes.LAUNCHED_FOR} cannot cut up weights of 8 bits; leave it at False, or use "
             "scripts/accelerate/processes.yaml"

@@ -61,7 +61,13 @@ for method in "${methods[@]}"; do
                 # Its last weights, as in all figures here: best/ is the untrained model where training did not help.
                 trained="$out/RTE/$method-$seed"
                 [ -e "$trained/summary.json" ] || continue
-                last=$(ls -dt "$trained"/step-* "$trained"/epoch-* 2>/dev/null | head -n 1 || true)
+                last=$(find "$trained" -maxdepth 1 \( -name "step-*[0-9]" -o -name "epoch-*[0-9]" \) -printf "%T@ %p\n" |
+                    sort -n | tail -n 1 | cut -d " " -f 2-)
+                if [ -z "$last" ]; then
+                    echo "results.sh: $trained holds no checkpoint to answer $task with" >&2
+                    failed=$((failed + 1))
+                    continue
+                fi
                 about=(--task "$task" --seed "$seed" --from_local True --train_model_name "$last")
                 [ "$method" != PPO-free ] || about+=(--answer_space free)
                 run "$folder" inference.sh "${about[@]}"
