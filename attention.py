@@ -2,19 +2,26 @@
 
 The rows' queries meet the prefix's keys as one long row, and their own keys row by row. Softmax over both together is
 a mean of the two results, weighted by the sums of exponentials that they were divided by (Hydragen: Juravsky et al.
-2024, https://arxiv.org/abs/2402.05099). For the CPU and without gradient: its kernel gives these sums, but no gradient
-of them.
+2024, https://arxiv.org/abs/2402.05099). The gradient falls apart in the same way: each part's is the usual one, with
+the sum of exponentials and the output of both together (as in ring attention: Liu et al. 2023,
+https://arxiv.org/abs/2310.01889). For the CPU, whose kernel gives and takes these sums.
+
+`packed`: the rows' tokens lie behind one another, without padding, with or without gradient. `shared_prefix`: rows of
+one padded batch that grow token by token, without gradient.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-NAME = "shared_prefix"
-SHORTEST = 128  # tokens; with a shorter prefix there is nothing to gain
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+SHORTEST = 128  # tokens; with a shorter prefix `shared_prefix` has nothing to gain
+Row = tuple[int, int, torch.Tensor | None]  # first token, the one after the last, and (tokens, tokens) 0 or -inf
 
 
 class PrefixLayer(DynamicLayer):
@@ -31,23 +38,44 @@ class PrefixLayer(DynamicLayer):
         return keys, values
 
 
+class PackedLayer(DynamicLayer):
+    """The cache of one layer: keys and values (1, heads, tokens, size) of all rows behind one another."""
+
+    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor] | None, rows: list[Row]):
+        super().__init__()
+        self.prefix, self.rows = prefix, rows
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys.prefix, keys.rows = self.prefix, self.rows
+        return keys, values
+
+    def padded(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """places (rows, width): which token stands there -> keys and values (rows, heads, width, size)."""
+        return tuple(x[0][:, places].transpose(0, 1) for x in (self.keys, self.values))
+
+
 def fits(model: PreTrainedModel) -> bool:
-    """Whether this can be done for the model: float32 on a CPU, attention by transformers' exchangeable functions."""
-    weight = model.get_output_embeddings().weight
+    """Whether this can be done for the model: float32 on a CPU, attention by transformers' exchangeable functions, and
+    every token sees all before it."""
+    weight, config = model.get_output_embeddings().weight, model.config.get_text_config()
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and getattr(model, "_supports_attention_backend", False)
-        and model.config.get_text_config()._attn_implementation == "sdpa"
+        and config._attn_implementation == "sdpa"
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and (not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False)
+        and not getattr(config, "attn_logit_softcapping", None)
     )
 
 
 @contextlib.contextmanager
-def in_use(model: PreTrainedModel) -> Iterator[None]:
-    """In here the model's attention expects a cache of PrefixLayers and a mask (rows, 1, tokens, own tokens) of 0 and
-    -inf for the rows' own tokens alone."""
+def in_use(model: PreTrainedModel, function: Callable) -> Iterator[None]:
+    """In here the model's attention is `packed`, with a cache of PackedLayers and no mask, or `shared_prefix`, with a
+    cache of PrefixLayers and a mask (rows, 1, tokens, own tokens) of 0 and -inf for the rows' own tokens alone."""
     config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, NAME
+    before, config._attn_implementation = config._attn_implementation, function.__name__
     try:
         yield
     finally:
@@ -69,9 +97,74 @@ def shared_prefix(module, query, key, value, attention_mask, scaling=None, **kwa
     return mean.transpose(1, 2).contiguous(), None
 
 
+def packed(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """query (1, heads, tokens, size), key and value of PackedLayer.update -> (1, tokens, heads, size), None."""
+    return Packed.apply(query, key, value, *(key.prefix or (None, None)), key.rows, scaling), None
+
+
+class Packed(torch.autograd.Function):
+    """Every row's tokens among themselves and the prefix, which all tokens see.
+
+    query (1, heads, tokens, size); key, value (1, key heads, tokens, size); prefix_key, prefix_value (1, key heads,
+    prefix, size) or None -> (1, tokens, heads, size). A row without a mask is causal.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, prefix_key, prefix_value, rows: list[Row], scaling):
+        _, heads, tokens, size = query.shape
+        groups = heads // key.shape[1]
+        output = query.new_empty(1, tokens, heads, size)
+        sums = query.new_empty(groups, key.shape[1], tokens)
+        # Heads that share their keys lie in the place of the batch: keys need no copies, and the threads enough to do.
+        q, out = _grouped(query, groups), _grouped(output.transpose(1, 2), groups)
+        k, v = (x.expand(groups, -1, -1, -1) for x in (key, value))
+        for start, stop, mask in rows:
+            own = slice(start, stop)
+            out[:, :, own], sums[:, :, own] = flash(
+                q[:, :, own], k[:, :, own], v[:, :, own], is_causal=mask is None, attn_mask=mask, scale=scaling
+            )
+        if prefix_key is not None:
+            pk, pv = (x.expand(groups, -1, -1, -1) for x in (prefix_key, prefix_value))
+            other, other_sums = flash(q, pk, pv, scale=scaling)
+            out.lerp_(other, torch.sigmoid(other_sums - sums)[..., None])
+            sums = torch.logaddexp(sums, other_sums)
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, output, sums)
+        ctx.rows, ctx.scaling = rows, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, prefix_key, prefix_value, output, sums = ctx.saved_tensors
+        groups = len(sums)
+        q, out, grad = (_grouped(x, groups) for x in (query, output.transpose(1, 2), gradient.transpose(1, 2)))
+        of_query = torch.empty_like(gradient).transpose(1, 2)
+        of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+        of_q, of_prefix = _grouped(of_query, groups), (None, None)
+        k, v = (x.expand(groups, -1, -1, -1) for x in (key, value))
+        for start, stop, mask in ctx.rows:
+            own = slice(start, stop)
+            of_q[:, :, own], dk, dv = flash_backward(
+                *(x[:, :, own] for x in (grad, q, k, v, out, sums)), 0.0, mask is None, attn_mask=mask,
+                scale=ctx.scaling
+            )  # fmt: skip
+            of_key[:, :, own], of_value[:, :, own] = dk.sum(0), dv.sum(0)
+        if prefix_key is not None:
+            pk, pv = (x.expand(groups, -1, -1, -1) for x in (prefix_key, prefix_value))
+            dq, dk, dv = flash_backward(grad, q, pk, pv, out, sums, 0.0, False, scale=ctx.scaling)
+            of_q += dq
+            of_prefix = dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
+        return of_query, of_key, of_value, *of_prefix, None, None
+
+
+def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """A view of (1, heads, tokens, size) as (groups, key heads, tokens, size)."""
+    return x[0].unflatten(0, (-1, groups)).transpose(0, 1)
+
+
 def _attend(query, key, value, mask, scaling) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention (rows, heads, tokens, size), and the logarithms (rows, heads, tokens) of the sums of exponentials."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scaling)
+    return flash(query, key, value, attn_mask=mask, scale=scaling)
 
 
-AttentionInterface.register(NAME, shared_prefix)
+AttentionInterface.register(packed.__name__, packed)
+AttentionInterface.register(shared_prefix.__name__, shared_prefix)

@@ -6,8 +6,9 @@ so the prompt is pushed through the network once, however many answers are looke
 
 1. The tokens with which all prompts begin (instruction, demonstrations) go through the network once per call, not once
    per row; in training their keys and values are leaves that collect the micro-batches' gradients, which go back
-   through the prefix once. Without gradient a long prefix is not copied for every row either (attention.py).
-2. Rows are sorted by length and cut into micro-batches by a budget of tokens, not by a count.
+   through the prefix once. On a CPU they are not even copied for every row (attention.py).
+2. Rows are sorted by length and cut into micro-batches by a budget of tokens, not by a count. On a CPU the rows of a
+   micro-batch lie behind one another, without padding.
 3. The vocabulary projection sees only the states where an answer token is chosen.
 4. Tokens that end an answer, or that the label set forces, are never pushed through the network.
 
@@ -15,6 +16,8 @@ so the prompt is pushed through the network once, however many answers are looke
 """
 
 import contextlib
+import ctypes
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -179,16 +182,34 @@ def common_prefix(prompts: list[list[int]]) -> int:
     return length
 
 
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Row numbers sorted by length, longest first, cut so that rows x longest row <= budget (at least one row)."""
+def micro_batches(lengths: list[int], budget: int, packed: bool = False) -> list[list[int]]:
+    """Row numbers sorted by length, longest first, cut so that a batch's tokens <= budget (at least one row).
+
+    A batch has rows x longest row tokens or, `packed`, those of its rows.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
+    room = longest = 0
     for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        if not batches or (lengths[i] if packed else longest) > room:
+            batches.append([])
+            room, longest = budget, lengths[i]
+        batches[-1].append(i)
+        room -= lengths[i] if packed else longest
     return batches
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed (it does nothing elsewhere).
+
+    It would give a micro-batch's memory back to the system when its backward ends, and the next one would get it again
+    page by page, each filled with zeros: a tenth of a training step's time on two cores.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 class Engine:
@@ -196,6 +217,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer, tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH):
         self.model = model
+        keep_freed_memory()
         lora.fuse(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = causal_lm.base_model
@@ -204,7 +226,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.in_step = sharding.active()  # all processes must run the same number of blocks
-        self.apart_from = attention.SHORTEST if attention.fits(causal_lm) else None  # tokens of a prefix
+        self.packed = attention.fits(causal_lm)
+        self.apart_from = attention.SHORTEST if self.packed else None  # tokens of a prefix
         self.plain = False  # set by check() for a model that the shared prefix does not fit
         self.tokens_computed = 0
         self._reference_prefix: tuple[tuple[int, ...], list] | None = None
@@ -296,7 +319,7 @@ class Engine:
 
     def _batches(self, prompts, trees, prefix_length: int) -> list[list[int]]:
         lengths = [len(p) - prefix_length + len(t) for p, t in zip(prompts, trees)]
-        return micro_batches(lengths, self.tokens_per_micro_batch)
+        return micro_batches(lengths, self.tokens_per_micro_batch, self.packed and not self.plain)
 
     def _prefix(self, prompts: list[list[int]], reference: bool = False) -> tuple[int, list]:
         """(length, keys and values per layer (1, heads, length, size)) of the tokens that all prompts begin with."""
@@ -336,30 +359,67 @@ class Engine:
         """Run every block once for the other processes' sake. Returns states that nobody needs."""
         return self.backbone(torch.tensor([[0]], device=self.device), use_cache=False).last_hidden_state
 
-    def _cache(self, pairs: list, rows: int) -> DynamicCache:
+    def _cache(self, pairs: list, rows: int, own: list = ()) -> DynamicCache:
         """A cache that begins with the prefix's keys and values, expanded over the rows; of a long prefix, which would
-        be copied for each row in every layer, it has them apart."""
+        be copied for each row in every layer, it has them apart. own: the rows' own keys and values, per layer."""
         cache = DynamicCache()
         cache.layers = []
         length = pairs[0][0].shape[2] if pairs else 0
-        if self.apart_from and length >= self.apart_from and not torch.is_grad_enabled():
-            cache.layers = [attention.PrefixLayer(keys, values) for keys, values in pairs]
-            return cache
-        for keys, values in pairs:
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (keys, values))
+        apart = self.apart_from and length >= self.apart_from and not torch.is_grad_enabled()
+        for i in range(max(len(pairs), len(own))):
+            layer = attention.PrefixLayer(*pairs[i]) if apart else DynamicLayer()
+            parts = [[x.expand(rows, -1, -1, -1) for x in pairs[i]]] if pairs and not apart else []
+            parts += own[i : i + 1]
+            if parts:
+                layer.lazy_initialization(*parts[0])
+                layer.keys, layer.values = (torch.cat(x, dim=2) if own else x[0] for x in zip(*parts))
             cache.layers.append(layer)
         return cache
 
-    def _forward(self, prompts, trees, prefix: tuple[int, list], cache: DynamicCache | None = None) -> torch.Tensor:
-        """States (rows, nodes, hidden) of the trees' nodes; rows are padded to the largest tree.
+    def _forward(self, prompts, trees, prefix: tuple[int, list]) -> torch.Tensor:
+        """States (rows, nodes, hidden) of the trees' nodes; rows are padded to the largest tree."""
+        if self.plain:
+            return self._plain_forward(prompts, trees)
+        return (self._packed_forward if self.packed else self._padded_forward)(prompts, trees, prefix)[0]
+
+    def _packed_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
+        """The states, and what makes a cache for rows that go on (trees of one node) from the keys and values.
+
+        All rows lie behind one another in one: a prompt after the prefix, its tree's tokens, the next prompt.
+        """
+        length, pairs = prefix
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[attention.Row] = []
+        nodes: list[list[int]] = []
+        for prompt, tree in zip(prompts, trees):
+            start, rest = len(ids), len(prompt) - length
+            ids += prompt[length:] + tree.tokens[1:]
+            positions += [*range(length, len(prompt)), *(len(prompt) + depth - 1 for depth in tree.depths[1:])]
+            rows.append((start, len(ids), _branches(tree, rest)))
+            nodes.append(list(range(start + rest - 1, len(ids))))
+        self.tokens_computed += len(ids)
+        cache = DynamicCache()
+        layers = self.causal_lm.config.get_text_config().num_hidden_layers
+        cache.layers = [attention.PackedLayer(pair, rows) for pair in pairs or [None] * layers]
+        mask = torch.ones(1, 1, 1, dtype=torch.bool)  # nobody looks at it
+        hidden = self._run_blocks(torch.tensor([ids]), mask, torch.tensor([positions]), cache)
+        most = max(map(len, nodes))
+        where = torch.tensor([_padded_list(places, most) for places in nodes])
+
+        def goes_on() -> DynamicCache:
+            width = max(stop - start for start, stop, _ in rows)
+            places = torch.tensor([[min(start + i, stop - 1) for i in range(width)] for start, stop, _ in rows])
+            return self._cache(pairs, len(rows), [layer.padded(places) for layer in cache.layers])
+
+        return hidden[0][where], goes_on
+
+    def _padded_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
+        """The states, and what returns the cache, with which the rows can go on.
 
         Columns: the prompts after the prefix, padded on the right to the longest, then the trees' tokens. A tree token
         sees its own prompt and its ancestors, and stands at the position it would have in a plain sequence.
         """
-        if self.plain:
-            return self._plain_forward(prompts, trees)
         length, pairs = prefix
         rests = [p[length:] for p in prompts]
         width, nodes = max(map(len, rests)), max(map(len, trees)) - 1
@@ -384,15 +444,19 @@ class Engine:
         if nodes:
             mask[:, width:, length : length + width] = (torch.arange(width) < sizes[:, None])[:, None]
             mask[:, width:, length + width :] = torch.stack([_ancestors(t.parents, nodes) for t in trees])
-        hidden = self._run_blocks(ids, mask, positions, self._cache(pairs, rows) if cache is None else cache)
+        cache = self._cache(pairs, rows)
+        hidden = self._run_blocks(ids, mask, positions, cache)
         last = hidden[torch.arange(rows, device=hidden.device), (sizes - 1).to(hidden.device)]
-        return torch.cat([last[:, None], hidden[:, width:]], dim=1)
+        return torch.cat([last[:, None], hidden[:, width:]], dim=1), lambda: cache
 
     def _run_blocks(self, ids, mask, positions, cache: DynamicCache) -> torch.Tensor:
         """ids, positions (rows, tokens) and mask (rows, tokens, all tokens so far) -> states (rows, tokens, hidden)."""
         with contextlib.ExitStack() as stack:
-            if cache.layers and isinstance(cache.layers[0], attention.PrefixLayer):
-                stack.enter_context(attention.in_use(self.causal_lm))
+            kind = type(cache.layers[0]) if cache.layers else None
+            if kind is attention.PackedLayer:
+                stack.enter_context(attention.in_use(self.causal_lm, attention.packed))
+            if kind is attention.PrefixLayer:
+                stack.enter_context(attention.in_use(self.causal_lm, attention.shared_prefix))
                 own = mask[:, :, cache.layers[0].prefix[0].shape[2] :]
                 mask = torch.zeros(own.shape).masked_fill(~own, -torch.inf)
             return self.backbone(
@@ -532,8 +596,13 @@ class Engine:
 
     def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams):
         """Grow the trees level by level; all arguments are the rows of one micro-batch. Returns states per row."""
-        cache = self._cache(prefix[1], len(prompts)) if not self.plain else None
-        root = self._forward(prompts, trees, prefix, cache)[:, 0]  # (rows, hidden)
+        cache = None
+        if self.plain:
+            root = self._plain_forward(prompts, trees)
+        else:
+            root, goes_on = (self._packed_forward if self.packed else self._padded_forward)(prompts, trees, prefix)
+            cache = goes_on()
+        root = root[:, 0]  # (rows, hidden)
         states = [[state] for state in root]
         rows = list(range(len(prompts)))  # rows still in the batch, in the cache's order
         width = max(map(len, prompts)) - prefix[0]
@@ -665,15 +734,15 @@ class Engine:
                 "this model changes its logits after the output layer, which is not supported; "
                 "choose another --train_model_name"
             )
-        usual, reason = self.apart_from, None
-        for self.apart_from in (None, 1) if usual else (None,):
+        usual, reason = (self.packed, self.apart_from), None
+        for self.packed, self.apart_from in ((False, None), (False, 1), (True, 1)) if usual[0] else ((False, None),):
             try:
                 shared = torch.stack(self.states(prompts, [tree, tree])).float()
                 error = float((shared - plain).norm() / plain.norm())
                 reason = reason or (f"relative error {error:.1e}" if not error < loose else None)
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as problem:
                 reason = reason or f"{type(problem).__name__}: {problem}".splitlines()[0]
-        self.apart_from = usual
+        self.packed, self.apart_from = usual
         self.plain = reason is not None
         return reason
 
@@ -713,6 +782,17 @@ def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | N
     if not bool(torch.isfinite(probabilities).all()):
         raise FloatingPointError("the model's probabilities are not finite")
     return torch.multinomial(probabilities.cpu(), count, replacement=True, generator=generator).tolist()
+
+
+def _branches(tree: Tree, prompt: int) -> torch.Tensor | None:
+    """(tokens, tokens) 0 where one of a prompt's and its tree's tokens sees another, else -inf; None if all see all
+    before them."""
+    if all(parent == node - 1 for node, parent in enumerate(tree.parents)):
+        return None
+    size = prompt + len(tree) - 1
+    seen = torch.ones(size, size, dtype=torch.bool).tril()
+    seen[prompt:, prompt:] = _ancestors(tree.parents, len(tree) - 1)
+    return torch.zeros(size, size).masked_fill(~seen, -torch.inf)
 
 
 def _padded(depths: list[int], nodes: int) -> list[int]:

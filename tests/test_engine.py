@@ -73,10 +73,19 @@ def never(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------- states, gradients
 
 
-@pytest.fixture(params=[attention.SHORTEST, 1], ids=["expanded", "apart"])
+@pytest.fixture(params=["packed", "expanded", "apart"])
 def any_prefix(request, monkeypatch):
-    """How the shared prefix's keys and values are attended to: expanded over the rows, or apart from the rows' own."""
-    monkeypatch.setattr(attention, "SHORTEST", request.param)
+    """How rows and their shared prefix are attended to: rows behind one another, or padded with the prefix's keys and
+    values expanded over them, or apart from theirs."""
+    make = Engine.__init__
+
+    def made(self, *arguments):
+        make(self, *arguments)
+        if self.packed:
+            self.packed = request.param == "packed"
+            self.apart_from = None if request.param == "expanded" else 1
+
+    monkeypatch.setattr(Engine, "__init__", made)
 
 
 @pytest.mark.usefixtures("any_prefix")
@@ -96,17 +105,33 @@ def test_states_equal_the_plain_forward(kind, case, tokenizer):
             assert error(engine.logits(state, some), logits[:, some]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(sliding_window=4, use_sliding_window=True), dict(attn_implementation="eager")]
+)
+def test_rows_are_packed_only_where_every_token_sees_all_before_it(changes, tokenizer):
+    model = tiny_model("qwen2")
+    assert Engine(model, tokenizer).packed
+    implementation = changes.pop("attn_implementation", None)
+    if implementation:
+        model.set_attn_implementation(implementation)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    assert not Engine(model, tokenizer).packed
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_long_prefix_is_attended_to_apart(kind, tokenizer, monkeypatch):
     attend, seen = attention._attend, []
     monkeypatch.setattr(attention, "_attend", lambda *inputs: seen.append(inputs) or attend(*inputs))
     engine = Engine(tiny_model(kind), tokenizer)
+    engine.packed = False
     for engine.apart_from, times in ((len(PREFIX), 2), (len(PREFIX) + 1, 0), (attention.SHORTEST, 0)):
         seen.clear()
         engine.states(PROMPTS["prefix"], trees_for(ENDS))
         assert len(seen) == times * engine.model.config.num_hidden_layers
 
 
+@pytest.mark.usefixtures("any_prefix")
 @pytest.mark.parametrize("case", PROMPTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_plain_forward(kind, case, tokenizer):
@@ -154,7 +179,7 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(tokenizer, capsys):
     trees = trees_for(prompts)
     expected = Engine(with_lora(tiny_model()), tokenizer, 400)
     engine = Engine(with_lora(tiny_model()), tokenizer, 400)
-    short_of_memory(engine, 20)
+    short_of_memory(engine, 12)
     for found, state in zip(engine.states(prompts, trees), expected.states(prompts, trees)):
         assert error(found, state) < 1e-5
     assert engine.tokens_per_micro_batch < 400 and "Out of memory: going on with" in capsys.readouterr().out
@@ -237,7 +262,7 @@ def test_the_reference_is_the_model_without_its_adapter(tokenizer):
         expected = plain_logits(model, other, other_trees)
     for state, logits in zip(engine.states(other, other_trees, reference=True), expected):
         assert error(engine.logits(state), logits) < 1e-4
-    assert engine.tokens_computed - computed == 2 * (3 + 2)  # two rows, padded to three tokens, and two nodes
+    assert engine.tokens_computed - computed == 2 + 3 + 2  # two rows, and two nodes
     # Prompts with another beginning do not take it.
     other = [tokens(f"w20 w21 w22 {end}") for end in ENDS]
     with model.disable_adapter():
@@ -593,15 +618,18 @@ def test_micro_batches():
     assert micro_batches([3, 10, 4, 4], 8) == [[1], [2, 3], [0]]
     assert micro_batches([50, 60], 10) == [[1], [0]]  # a row that is too long is a micro-batch of its own
     assert micro_batches([], 10) == []
+    assert micro_batches([3, 4, 2, 2], 8, packed=True) == [[1, 0], [2, 3]]
     draw = random.Random(0)
     for _ in range(300):
         lengths = [draw.randint(1, 40) for _ in range(draw.randint(1, 20))]
         budget = draw.randint(1, 120)
-        batches = micro_batches(lengths, budget)
-        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
-        ordered = [lengths[i] for batch in batches for i in batch]
-        assert all(a >= b for a, b in pairwise(ordered))
+        for packed in (False, True):
+            batches = micro_batches(lengths, budget, packed)
+            assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+            sizes = [sum(lengths[i] for i in b) if packed else len(b) * max(lengths[i] for i in b) for b in batches]
+            assert all(len(b) == 1 or size <= budget for b, size in zip(batches, sizes))
+            ordered = [lengths[i] for batch in batches for i in batch]
+            assert all(a >= b for a, b in pairwise(ordered))
 
 
 def test_answers_are_plain_data():
