@@ -261,7 +261,7 @@ def plain_log_probs(trainer: PPOTrainer, rollout: ppo_trainer.Rollout) -> torch.
 @pytest.mark.parametrize("mode", MODES)
 def test_one_distribution_for_sampling_updates_and_reference(mode, temperature, tmp_path):
     """Old log-probs, the ratio, the gradient and the KL all agree with plain forwards at the same temperature."""
-    trainer = mode_trainer(tmp_path, mode, {"temperature": temperature, "kl_coef": 0.1, "tokens_per_micro_batch": 60})
+    trainer = mode_trainer(tmp_path, mode, {"temperature": temperature, "kl_coef": 0.1, "tokens_per_micro_batch": 40})
     ratios, surrogate = [], ppo_trainer.clipped_surrogate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_trainer, "clipped_surrogate", lambda r, *rest: ratios.append(r) or surrogate(r, *rest))
