@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import inference
 import loaders
+import processes
 import prompts
 import splits
 from arguments import ArgumentError, clear_errors, parse
@@ -96,4 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

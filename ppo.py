@@ -289,4 +289,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

@@ -40,9 +40,28 @@ def _state() -> PartialState:
 
 @atexit.register
 def _hang_up() -> None:
-    """Threads of gloo that still run while the interpreter takes everything down would abort a process that is done."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def run(main: Callable[[], None]) -> None:
+    """A script's `main()`. One of several processes then ends at once, with the same exit code.
+
+    Threads of gloo may still run while the interpreter takes everything down: "terminate called without an active
+    exception" would be the end of a process whose work is done, even if its group was destroyed before.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        main()
+        return
+    code = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    atexit._run_exitfuncs()  # what was registered to be done at the end, as wandb's, is done
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def device() -> torch.device:

@@ -328,4 +328,4 @@ def finish(arguments: SFTArguments, name: str, parts: list[Part], folder: Path, 
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

@@ -88,6 +88,22 @@ def test_two_processes_answer_what_one_does(script, model_folder, data_root, tmp
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_no_thread_keeps_one_of_several_processes_from_ending(code):
+    """Threads of gloo have aborted processes whose work was done."""
+    program = (
+        "import atexit, sys, threading, processes\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "atexit.register(print, 'said at the end')\n"
+        f"processes.run(lambda: sys.exit({code}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "said at the end\n")
+
+
 def test_bad_input_is_said_once(model_folder, data_root, tmp_path):
     done = launch(2, "ppo.py", "--task", "SSTT", check=False)
     assert done.returncode != 0 and done.stderr.count("ppo.py: error: --task SSTT") == 1
