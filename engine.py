@@ -380,13 +380,14 @@ class Engine:
         """States (rows, nodes, hidden) of the trees' nodes; rows are padded to the largest tree."""
         if self.plain:
             return self._plain_forward(prompts, trees)
-        return (self._packed_forward if self.packed else self._padded_forward)(prompts, trees, prefix)[0]
+        return self._forward_to_go_on(prompts, trees, prefix)[0]
+
+    def _forward_to_go_on(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
+        """The states, and what returns a cache with which the rows (trees of one node) can go on."""
+        return (self._packed_forward if self.packed else self._padded_forward)(prompts, trees, prefix)
 
     def _packed_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
-        """The states, and what makes a cache for rows that go on (trees of one node) from the keys and values.
-
-        All rows lie behind one another in one: a prompt after the prefix, its tree's tokens, the next prompt.
-        """
+        """All rows lie behind one another in one: a prompt after the prefix, its tree's tokens, the next prompt."""
         length, pairs = prefix
         ids: list[int] = []
         positions: list[int] = []
@@ -415,10 +416,9 @@ class Engine:
         return hidden[0][where], goes_on
 
     def _padded_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
-        """The states, and what returns the cache, with which the rows can go on.
+        """Columns: the prompts after the prefix, padded on the right to the longest, then the trees' tokens.
 
-        Columns: the prompts after the prefix, padded on the right to the longest, then the trees' tokens. A tree token
-        sees its own prompt and its ancestors, and stands at the position it would have in a plain sequence.
+        A tree token sees its own prompt and its ancestors, and stands where it would in a plain sequence.
         """
         length, pairs = prefix
         rests = [p[length:] for p in prompts]
@@ -600,7 +600,7 @@ class Engine:
         if self.plain:
             root = self._plain_forward(prompts, trees)
         else:
-            root, goes_on = (self._packed_forward if self.packed else self._padded_forward)(prompts, trees, prefix)
+            root, goes_on = self._forward_to_go_on(prompts, trees, prefix)
             cache = goes_on()
         root = root[:, 0]  # (rows, hidden)
         states = [[state] for state in root]

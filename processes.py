@@ -58,6 +58,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     atexit._run_exitfuncs()  # what was registered to be done at the end, as wandb's, is done
     sys.stdout.flush()
     sys.stderr.flush()
