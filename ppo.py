@@ -241,6 +241,7 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
         save_steps=min(save_every, steps),
         save_total_limit=arguments.save_total_limit or None,
         report_to=tracking.prepare_reporting(arguments.report_to, folder),
+        project=tracking.project(),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         answer_space=arguments.answer_space,

@@ -221,6 +221,7 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
         save_steps=min(save_every, steps),
         save_total_limit=arguments.save_total_limit or None,
         report_to=tracking.prepare_reporting(arguments.report_to, folder),
+        project=tracking.project(),
         disable_tqdm=True,
         use_cpu=not cuda,
         bf16=cuda,

@@ -116,6 +116,11 @@ def trim_history(folder: Path, step: int) -> None:
         os.replace(aside, folder / "history.jsonl")
 
 
+def project() -> str:
+    """The project that runs belong to, in wandb and in trackio."""
+    return os.environ.get("WANDB_PROJECT", "nlu")
+
+
 def prepare_reporting(report_to: str, folder: Path) -> list[str]:
     """Set up the dashboards; returns Trainer's `report_to`, without wandb, which WandbRun writes to.
 
@@ -126,7 +131,6 @@ def prepare_reporting(report_to: str, folder: Path) -> list[str]:
     if report_to == "none":
         return []
     if report_to == "wandb":
-        os.environ.setdefault("WANDB_PROJECT", "nlu")
         os.environ.setdefault("WANDB_SILENT", "true")
         if not _has_wandb_key():
             os.environ.setdefault("WANDB_MODE", "offline")
@@ -164,9 +168,8 @@ def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, f
     elif report_to != "none":  # wandb, and trackio, which has the same calls
         dashboard = importlib.import_module(report_to)
         own = {"dir": wandb_folder(folder), "job_type": method} if report_to == "wandb" else {}
-        project = os.environ.get("WANDB_PROJECT", "nlu")
         try:
-            dashboard.init(project=project, name=folder.name, group=config["task"], config=config, **own)
+            dashboard.init(project=project(), name=folder.name, group=config["task"], config=config, **own)
             dashboard.log(figures)
             dashboard.finish()
         except Exception as error:  # the work is done and written; a dashboard is no reason to fail
@@ -195,7 +198,7 @@ class WandbRun(TrainerCallback):
 
         def start(mode: str | None) -> None:
             self.run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "nlu"), name=folder.name, id=about["id"], resume="allow",
+                project=project(), name=folder.name, id=about["id"], resume="allow",
                 group=about["task"], job_type=self.method,
                 config={name: about[name] for name in ("arguments", "versions", "data_hash", "task_version")},
                 mode=mode, reinit="finish_previous", dir=wandb_folder(folder),

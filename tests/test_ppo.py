@@ -249,6 +249,39 @@ def test_a_free_run_reports_to_wandb_without_an_account(processes):
     assert "adapter_model.safetensors" in {entry.path for entry in kept.manifest.contents}
 
 
+@pytest.mark.parametrize("dashboard", ["tensorboard", "trackio"])
+def test_other_dashboards_get_the_same_names(dashboard, tiny_folder, sst, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    folder = tmp_path / "run"
+    running = start(argv(tiny_folder, sst, report_to=dashboard, max_steps=2, eval_size=4), folder)
+    assert running.wait(timeout=300) == 0, output(folder)
+    _, history = read(folder)
+    wanted = [(n, line["step"], v) for line in history for n, v in line.items() if n != "step"]
+    found = {"tensorboard": tensorboard_figures, "trackio": trackio_figures}[dashboard](tmp_path)
+    assert len(wanted) > 40
+    for name, step, value in wanted:  # the last step and the evaluation after it have the same number
+        assert pytest.approx(value, rel=1e-5, abs=1e-7) in [v for n, s, v in found if (n, s) == (name, step)], name
+
+
+def tensorboard_figures(folder: Path) -> list[tuple[str, int, float]]:
+    """What was logged to TensorBoard: names, steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "run" / "tensorboard")).Reload()
+    return [(name, point.step, point.value) for name in events.Tags()["scalars"] for point in events.Scalars(name)]
+
+
+def trackio_figures(folder: Path) -> list[tuple[str, int, float]]:
+    """What was logged to trackio; read in a process that has the folder from its start."""
+    program = (
+        "import json; from trackio import SQLiteStorage as s; "
+        "print(json.dumps([s.get_logs('nlu', run) for run in s.get_runs('nlu')], default=str))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    (lines,) = json.loads(said.splitlines()[-1])
+    return [(name, line["train/global_step"], value) for line in lines for name, value in line.items()]
+
+
 def test_a_killed_run_goes_on_where_it_was(processes, run_ppo, tmp_path, capsys):
     """`kill -9` in the middle, then --resume alone: the same figures and weights as a run that was left in peace."""
     killed, straight = processes["killed"], tmp_path / "straight"
