@@ -16,7 +16,8 @@ NONE = "–"
 READING = (
     "All figures are times 100. Of each method: the mean over its runs, in brackets the 95% bootstrap interval over "
     "the rows, and of several runs (seeds) in parentheses the lowest and the highest and how many there are. They "
-    "belong to the last evaluation of a run; where best/ is asked again, the rows that chose it flatter it."
+    "belong to the last evaluation of a run; where best/ is asked again, the rows that chose it flatter it. Where a "
+    "task has no line for the invalid rate, every answer of every method was valid."
 )
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -76,10 +77,13 @@ def results_tables(groups: list[Group]) -> list[Table]:
             found = {method: cells(group) for method, group in here.items()}
             metrics = [*next(iter(here.values())).first.task.metrics]
             for metric in [*metrics, *(["score"] if len(metrics) > 1 else []), "invalid_rate"]:
+                own_cells = [found[m].get(metric) if m in found else None for m in methods]
+                if metric == "invalid_rate" and not any(cell and cell.most for cell in own_cells):
+                    continue  # among the labels alone every answer is valid
                 often = None if metric == "invalid_rate" else majority(list(here.values()), metric)
                 table.rows.append(
                     [row_name(row, rows), metric.replace("_", " "), NONE if often is None else f"{100 * often:.1f}"]
-                    + [cell_text(found[m].get(metric)) if m in found else NONE for m in methods]
+                    + [cell_text(cell) for cell in own_cells]
                 )
         for suite in tasks.SUITES:
             table.rows += suite_row(suite, own, methods)
