@@ -158,7 +158,8 @@ def _check(arguments: Arguments) -> None:
             raise ArgumentError(f"--{f.name} {value!r} must be of type {f.type.__name__}")
     positive = ("batch_sentence_num", "model_temperature", "max_prompt_length")
     for name in positive:
-        if not getattr(arguments, name) > 0:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:  # None: decided later, by the script
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
     for name in ("eval_size", "max_response_length"):
         if (getattr(arguments, name) or 0) < 0:

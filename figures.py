@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import metrics
-from results import Group, Result
+from comparison import cells
+from results import Group, Result, rank, row_name
 
 GREY = "#7d7d7d"
 COLOURS = ("#3987e5", "#d95926", "#199e70", "#9085e9", "#c98500", "#d55181", "#008300", "#e66767", "#7d7d7d")
@@ -45,6 +46,39 @@ def draw(panels: int, fill: Callable, width: float = 3.4, height: float = 2.9) -
 def title(text: str) -> str:
     """Text in lines that fit above one of several panels."""
     return textwrap.fill(text, 34)
+
+
+def scores(groups: list[Group]) -> bytes | None:
+    """Every task's score by method, with its 95% interval; a grey line is the majority class. None for one group."""
+    rows = list(dict.fromkeys(group.row for group in groups))
+    methods = [method for _, method in sorted({(rank(group), group.method) for group in groups})]
+    if len(groups) < 2:
+        return None
+
+    def fill(axes):
+        (ax,) = axes
+        for line, row in enumerate(rows):
+            here = [group for group in groups if group.row == row]
+            often = [r.details.get("majority", {}).get("score") for group in here for r in group.results]
+            often = next((value for value in often if value is not None), None)
+            if often is not None:
+                ax.plot([100 * often] * 2, [line - 0.42, line + 0.42], color=GREY, linewidth=2.5, alpha=0.5)
+            for group in here:
+                place, cell = methods.index(group.method), cells(group)["score"]
+                y = line + 0.8 * ((place + 0.5) / len(methods) - 0.5)
+                colour = COLOURS[place % len(COLOURS)]
+                if cell.interval:
+                    ax.plot([100 * end for end in cell.interval], [y, y], color=colour, linewidth=1.2, alpha=0.7)
+                ax.plot(100 * cell.mean, y, "o", color=colour, markersize=4.5)
+        ax.set_yticks(range(len(rows)), [row_name(row, rows) for row in rows])
+        ax.set_ylim(len(rows) - 0.45, -0.55)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("score, times 100 (grey: the majority class)")
+        points = [ax.plot([], [], "o", color=COLOURS[i % len(COLOURS)], label=m)[0] for i, m in enumerate(methods)]
+        ax.figure.legend(handles=points, loc="outside lower left", ncols=3)
+
+    height = 0.9 + len(rows) * (0.2 + 0.11 * len(methods)) + 0.08 * len(methods)
+    return draw(1, fill, width=8.0, height=height)
 
 
 def mean_and_range(results: list[Result], name: str) -> tuple[list[float], ...]:

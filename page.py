@@ -8,7 +8,7 @@ import comparison
 import figures
 import tables
 from comparison import Changes
-from results import Collection, Group
+from results import Collection, Group, row_name
 from tables import Table
 
 SHOWN = 20  # changed rows of each kind that are listed
@@ -41,9 +41,22 @@ CAPTIONS = {
 }
 
 
-def pictures(found: Collection) -> dict[str, tuple[tuple | None, str, bytes]]:
-    """Every figure that the runs give, by file name: its line of the table (None: of all), its caption and its PNG."""
-    made: dict[str, tuple[tuple | None, str, bytes]] = {}
+def file_name(text: str) -> str:
+    """What of a text may stand in a file's name."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", text)
+
+
+def pictures(found: Collection) -> dict[str, tuple[tuple | str | None, str, bytes]]:
+    """Every figure that the runs give, by file name: its line of the table, its caption and its PNG.
+
+    What shows all tasks of a model has the model's name in place of a line, what shows all runs None.
+    """
+    made: dict[str, tuple[tuple | str | None, str, bytes]] = {}
+    for model in tables.models_of(found.groups):
+        picture = figures.scores([group for group in found.groups if group.row[0] == model])
+        if picture:
+            name = f"figure-00-{file_name(model)}-scores.png"
+            made[name] = (model, f"Scores of {model} with 95% bootstrap intervals.", picture)
     rows = list(dict.fromkeys(group.row for group in found.groups))
     for number, row in enumerate(rows, 1):
         groups = [group for group in found.groups if group.row == row]
@@ -51,7 +64,7 @@ def pictures(found: Collection) -> dict[str, tuple[tuple | None, str, bytes]]:
         for kind, make in kinds.items():
             picture = make(groups)
             if picture:
-                name = f"figure-{number:02}-{re.sub(r'[^A-Za-z0-9-]+', '-', row[1])}-{kind}.png"
+                name = f"figure-{number:02}-{file_name(row[1])}-{kind}.png"
                 made[name] = (row, CAPTIONS[kind], picture)
     fallen = [(name, history) for name, history in found.training if figures.collapsed(history)]
     picture = figures.label_share_plot(fallen)
@@ -69,12 +82,13 @@ def page(found: Collection, shown: list[Table], made: dict[str, tuple]) -> str:
     parts.append(f"<p class=note>{html.escape(tables.READING)}</p>")
     if not groups:
         parts.append("<p>No finished run has a score yet.</p>")
+    parts += [figure(caption, picture) for row, caption, picture in made.values() if isinstance(row, str)]
     for table in shown:
         parts.append(f"<h2>{html.escape(table.title)}</h2>{tables.to_html(table)}")
     for row in rows:
         here = [group for group in groups if group.row == row]
         model = f", {row[0]}" if len({r[0] for r in rows}) > 1 else ""
-        parts.append(f"<h2>{html.escape(tables.row_name(row, rows) + model)}</h2>")
+        parts.append(f"<h2>{html.escape(row_name(row, rows) + model)}</h2>")
         if here[0].first.task.note:
             parts.append(f"<p class=note>{html.escape(here[0].first.task.note)}</p>")
         parts += [figure(*made[name][1:]) for name in made if made[name][0] == row]

@@ -27,13 +27,20 @@ from engine import training_tokens
 from ppo_trainer import PPOConfig, PPOTrainer
 from tasks import Task
 
-# By answer space and policy gradient. Summing over all labels needs no critic and few rows. Sampling needs many samples
-# per prompt (they share its forward), a slower start and some entropy, or the policy collapses onto one label. Among
-# all tokens the model must first learn to answer at all; among the labels alone the same step size would overshoot.
+# By answer space and policy gradient; each sees 576 rows. Summing over all labels needs no critic and few steps.
+# Sampling needs many samples per prompt (they share its forward), a slower start and some entropy, or the policy
+# collapses onto one label. Among all tokens the model must first learn to answer at all; among the labels alone the
+# same step size would overshoot.
 RECIPES = {
-    ("labels", "expected"): dict(learning_rate=5e-4, repeat_time=1, max_steps=18, entropy_coef=0.0, warmup_steps=0),
-    ("labels", "sampled"): dict(learning_rate=2e-4, repeat_time=16, max_steps=30, entropy_coef=0.05, warmup_steps=4),
-    ("free", "sampled"): dict(learning_rate=4e-4, repeat_time=16, max_steps=40, entropy_coef=0.05, warmup_steps=4),
+    ("labels", "expected"): dict(
+        batch_sentence_num=32, max_steps=18, learning_rate=5e-4, repeat_time=1, entropy_coef=0.0, warmup_steps=0
+    ),
+    ("labels", "sampled"): dict(
+        batch_sentence_num=16, max_steps=36, learning_rate=2e-4, repeat_time=16, entropy_coef=0.05, warmup_steps=4
+    ),
+    ("free", "sampled"): dict(
+        batch_sentence_num=16, max_steps=36, learning_rate=4e-4, repeat_time=16, entropy_coef=0.05, warmup_steps=4
+    ),
 }
 
 
@@ -41,6 +48,7 @@ RECIPES = {
 class PPOArguments(Arguments):
     """What PPO takes beside the common arguments."""
 
+    batch_sentence_num: int | None = field(default=None, metadata={"help": "prompts per step; default by recipe"})
     learning_rate: float | None = field(default=None, metadata={"help": "of the adapter; default by recipe"})
     start_epoch: int = field(default=0, metadata={"help": "number of the first epoch"})
     end_epoch: int | None = field(

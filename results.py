@@ -124,6 +124,14 @@ def row_of(result: Result) -> tuple:
     return result.model, result.task.name, result.split, result.version
 
 
+def row_name(row: tuple, rows: list[tuple]) -> str:
+    """A task as the tables call it: with its split if that is not validation, with its version if there are several."""
+    model, task, split, version = row
+    more = [split] if split != "validation" else []
+    more += [f"version {version}"] if len({r[3] for r in rows if r[:3] == row[:3]}) > 1 else []
+    return f"{task} ({', '.join(more)})" if more else task
+
+
 def asked(result: Result) -> tuple:
     """What a result answers and how, whatever the seed."""
     return row_of(result), result.method, json.dumps(result.settings, sort_keys=True)

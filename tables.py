@@ -10,7 +10,7 @@ import numpy as np
 
 import tasks
 from comparison import Cell, Comparison, cells, suite_means
-from results import START, Collection, Group, rank
+from results import START, Collection, Group, rank, row_name
 
 NONE = "–"
 READING = (
@@ -44,14 +44,6 @@ def cell_text(cell: Cell | None) -> str:
     if len(cell.seeds) > 1:
         text += f" ({100 * cell.least:.1f}–{100 * cell.most:.1f}, n={len(cell.seeds)})"
     return text
-
-
-def row_name(row: tuple, rows: list[tuple]) -> str:
-    """A task as the tables call it: with its split if that is not validation, with its version if there are several."""
-    model, task, split, version = row
-    more = [split] if split != "validation" else []
-    more += [f"version {version}"] if len({r[3] for r in rows if r[:3] == row[:3]}) > 1 else []
-    return f"{task} ({', '.join(more)})" if more else task
 
 
 def majority(groups: list[Group], metric: str) -> float | None:

@@ -24,7 +24,7 @@ options=(
     # --end_epoch 1                   # train up to, not including, this epoch: whole epochs
     # --max_steps 100                 # stop after so many steps, whatever the epochs say
     # --batch_sentence_num 32         # prompts per step
-    # --repeat_time 1                 # responses sampled per prompt
+    # --repeat_time 16                # answers sampled per prompt
     # --data_path file.tsv            # train on this file or folder, in the task's own format
     # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
     # --trust_remote_code False       # True: Python files that come with the model may be run

@@ -13,5 +13,7 @@ cd -- "$root" || exit 1
 status=0
 .venv/bin/python -m ruff check . || status=$?
 .venv/bin/python -m ruff format --check . || status=$?
-.venv/bin/python -m pytest "$@" || status=$?
+# Two files at a time, a core each: torch takes all cores for itself, and two processes that do so are slower than one.
+export OMP_NUM_THREADS=1
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@" || status=$?
 exit "$status"

@@ -364,11 +364,11 @@ def test_the_pictures_are_inside_the_page_and_beside_it(made_up, tmp_path):
     files = make_report(made_up, tmp_path / "report")
     pictures = {name for name in files if name.endswith(".png")}
     assert pictures == {f"figure-01-SST-{kind}.png" for kind in ("curves", "confusion", "reliability")} | {
-        "figure-collapsed-runs.png"
-    }
+        "figure-00-tiny-scores.png", "figure-collapsed-runs.png"
+    }  # fmt: skip
     assert all(files[name].startswith(b"\x89PNG") for name in pictures)
     found = Reader(files["report.html"].decode())
-    assert len(found.links) == 4 and all(link.startswith("data:image/png;base64,") for link in found.links)
+    assert len(found.links) == 5 and all(link.startswith("data:image/png;base64,") for link in found.links)
     for word in ("stopped: stopped, or still running, after step 3", "1 unfinished run", "5 finished runs"):
         assert word in found.text
 
@@ -442,7 +442,7 @@ def test_the_page_needs_nothing_else_and_reads_on_small_and_dark_screens(made_up
 
 def test_the_same_runs_give_the_same_bytes(made_up, tmp_path):
     first, second = (make_report(made_up, tmp_path / name) for name in ("one", "two"))
-    assert first == second and len(first) == 7
+    assert first == second and len(first) == 8
 
 
 def test_an_older_report_is_replaced_whole(made_up, tmp_path, capsys):
