@@ -25,7 +25,7 @@ from checkpoints import RunTrainer, TrainingError
 from engine import MASKED, Answer, Engine, LabelTrie, Tree, row_seeds
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-KL_SAMPLE = 4  # prompts on which the KL is measured when it is not part of the reward
+KL_SHARE = 8  # one prompt in so many (at least one) has its KL measured when it is not part of the reward
 
 
 @dataclass
@@ -358,7 +358,8 @@ class PPOTrainer(RunTrainer, Trainer):
 
     def _measured(self, count: int) -> int:
         """On how many of the `count` prompts here the reference is asked: all, or the first few of all processes."""
-        return count if self.args.kl_coef else min(max(KL_SAMPLE - self.first, 0), count)
+        sample = max(1, count * processes.count() // KL_SHARE)
+        return count if self.args.kl_coef else min(max(sample - self.first, 0), count)
 
     # ------------------------------------------------------------------------------- expected: all labels, no samples
 

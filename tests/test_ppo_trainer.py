@@ -530,7 +530,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(kl_coef, entropy_c
     logged = trainer._step_metrics
     assert logged["objective/reward"] == pytest.approx(reward_mean, abs=1e-4)
     assert logged["objective/entropy"] == pytest.approx(sum(entropies) / len(rows), abs=1e-4)
-    measured = kls if kl_coef else kls[: ppo_trainer.KL_SAMPLE]
+    measured = kls if kl_coef else kls[: len(rows) // ppo_trainer.KL_SHARE]
     assert logged["objective/kl"] == pytest.approx(sum(measured) / len(measured), abs=1e-4)
     assert sum(value for name, value in logged.items() if "share/" in name) == pytest.approx(1.0, abs=1e-4)
     # At a ratio of 1 the advantages' mean under the policy is 0: what is left of the loss is the entropy.
