@@ -37,10 +37,10 @@ RECIPES = {
         batch_sentence_num=8, max_steps=72, learning_rate=5e-4, repeat_time=1, entropy_coef=0.5, warmup_steps=3
     ),
     ("labels", "sampled"): dict(
-        batch_sentence_num=16, max_steps=36, learning_rate=2e-4, repeat_time=16, entropy_coef=0.05, warmup_steps=4
+        batch_sentence_num=16, max_steps=36, learning_rate=2e-4, repeat_time=16, entropy_coef=0.5, warmup_steps=4
     ),
     ("free", "sampled"): dict(
-        batch_sentence_num=16, max_steps=36, learning_rate=4e-4, repeat_time=16, entropy_coef=0.05, warmup_steps=4
+        batch_sentence_num=16, max_steps=36, learning_rate=4e-4, repeat_time=16, entropy_coef=0.5, warmup_steps=4
     ),
 }
 
