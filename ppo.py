@@ -235,7 +235,7 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
         dataloader_drop_last=True,
         max_steps=steps,
         learning_rate=arguments.learning_rate,
-        warmup_steps=arguments.warmup_steps,
+        warmup_steps=min(arguments.warmup_steps, steps - 1),  # the first step of a warm-up has a rate of 0
         lr_scheduler_type="linear",
         logging_steps=1,
         logging_nan_inf_filter=False,

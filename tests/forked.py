@@ -123,6 +123,7 @@ def contents(folder: Path) -> dict:
         if inside.name != "best":
             state = read(inside / "trainer_state.json")
             state["log_history"] = [without_times(line) for line in state["log_history"]]
+            del state["best_model_checkpoint"]  # a path with the folder's name in it
             del state["stateful_callbacks"]  # whether the trainer was about to stop; a resume does not read it
             found[inside.name, "state"] = state
     return found

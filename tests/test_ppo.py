@@ -121,7 +121,7 @@ def processes(tiny_folder, sst, tmp_path_factory) -> dict[str, Path]:
     config = root / "run.yaml"
     config.write_text("learning_rate: 1e-3\nmax_steps: 50\nsave_methods: step\nsave_freq: 4\neval_steps: 4\nseed: 3\n")
     options = {
-        "labels": dict(config=config, max_steps=10, end_epoch=4),
+        "labels": dict(config=config, max_steps=10, end_epoch=4, warmup_steps=0),
         "free": dict(answer_space="free", report_to="wandb", end_epoch=2, max_steps=4, repeat_time=2, eval_size=4),
         "killed": SAMPLED,
         "bad": dict(task="SSTT"),
