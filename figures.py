@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import metrics
 from comparison import cells
 from results import Group, Result, rank, row_name
+from tables import majority
 
 GREY = "#7d7d7d"
 COLOURS = ("#3987e5", "#d95926", "#199e70", "#9085e9", "#c98500", "#d55181", "#008300", "#e66767", "#7d7d7d")
@@ -59,8 +60,7 @@ def scores(groups: list[Group]) -> bytes | None:
         (ax,) = axes
         for line, row in enumerate(rows):
             here = [group for group in groups if group.row == row]
-            often = [r.details.get("majority", {}).get("score") for group in here for r in group.results]
-            often = next((value for value in often if value is not None), None)
+            often = majority(here, "score")
             if often is not None:
                 ax.plot([100 * often] * 2, [line - 0.42, line + 0.42], color=GREY, linewidth=2.5, alpha=0.5)
             for group in here:
