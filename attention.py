@@ -39,16 +39,26 @@ class PrefixLayer(DynamicLayer):
 
 
 class PackedLayer(DynamicLayer):
-    """The cache of one layer: keys and values (1, heads, tokens, size) of all rows behind one another."""
+    """The cache of one layer: keys and values (1, heads, tokens, size) of all rows behind one another.
 
-    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor] | None, rows: list[Row]):
+    What all rows share is `prefix`, keys and values from elsewhere, or the first `inside` tokens, which are then the
+    first row.
+    """
+
+    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor] | None, rows: list[Row], inside: int = 0):
         super().__init__()
-        self.prefix, self.rows = prefix, rows
+        self.prefix, self.rows, self.inside = prefix, rows, inside
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        keys.prefix, keys.rows = self.prefix, self.rows
+        keys.prefix, keys.rows, keys.inside = self.prefix, self.rows, self.inside
         return keys, values
+
+    def shared(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The prefix's keys and values (1, heads, prefix, size), wherever they are."""
+        if not self.inside:
+            return self.prefix
+        return self.keys[:, :, : self.inside], self.values[:, :, : self.inside]
 
     def padded(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """places (rows, width): which token stands there -> keys and values (rows, heads, width, size)."""
@@ -99,18 +109,19 @@ def shared_prefix(module, query, key, value, attention_mask, scaling=None, **kwa
 
 def packed(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """query (1, heads, tokens, size), key and value of PackedLayer.update -> (1, tokens, heads, size), None."""
-    return Packed.apply(query, key, value, *(key.prefix or (None, None)), key.rows, scaling), None
+    return Packed.apply(query, key, value, *(key.prefix or (None, None)), key.rows, key.inside, scaling), None
 
 
 class Packed(torch.autograd.Function):
-    """Every row's tokens among themselves and the prefix, which all tokens see.
+    """Every row's tokens among themselves and the prefix, which all rows see.
 
     query (1, heads, tokens, size); key, value (1, key heads, tokens, size); prefix_key, prefix_value (1, key heads,
-    prefix, size) or None -> (1, tokens, heads, size). A row without a mask is causal.
+    prefix, size), or None where there is no prefix or the first `inside` tokens are it -> (1, tokens, heads, size).
+    A row without a mask is causal.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, prefix_key, prefix_value, rows: list[Row], scaling):
+    def forward(ctx, query, key, value, prefix_key, prefix_value, rows: list[Row], inside: int, scaling):
         _, heads, tokens, size = query.shape
         groups = heads // key.shape[1]
         output = query.new_empty(1, tokens, heads, size)
@@ -123,13 +134,14 @@ class Packed(torch.autograd.Function):
             out[:, :, own], sums[:, :, own] = flash(
                 q[:, :, own], k[:, :, own], v[:, :, own], is_causal=mask is None, attn_mask=mask, scale=scaling
             )
-        if prefix_key is not None:
-            pk, pv = (x.expand(groups, -1, -1, -1) for x in (prefix_key, prefix_value))
-            other, other_sums = flash(q, pk, pv, scale=scaling)
-            out.lerp_(other, torch.sigmoid(other_sums - sums)[..., None])
-            sums = torch.logaddexp(sums, other_sums)
+        if prefix_key is not None or inside:
+            pk, pv = _prefix(k, v, prefix_key, prefix_value, inside)
+            behind = slice(inside, None)
+            other, other_sums = flash(q[:, :, behind], pk, pv, scale=scaling)
+            out[:, :, behind].lerp_(other, torch.sigmoid(other_sums - sums[:, :, behind])[..., None])
+            sums[:, :, behind] = torch.logaddexp(sums[:, :, behind], other_sums)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, output, sums)
-        ctx.rows, ctx.scaling = rows, scaling
+        ctx.rows, ctx.inside, ctx.scaling = rows, inside, scaling
         return output
 
     @staticmethod
@@ -148,12 +160,27 @@ class Packed(torch.autograd.Function):
                 scale=ctx.scaling
             )  # fmt: skip
             of_key[:, :, own], of_value[:, :, own] = dk.sum(0), dv.sum(0)
-        if prefix_key is not None:
-            pk, pv = (x.expand(groups, -1, -1, -1) for x in (prefix_key, prefix_value))
-            dq, dk, dv = flash_backward(grad, q, pk, pv, out, sums, 0.0, False, scale=ctx.scaling)
-            of_q += dq
-            of_prefix = dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
-        return of_query, of_key, of_value, *of_prefix, None, None
+        if prefix_key is not None or ctx.inside:
+            pk, pv = _prefix(k, v, prefix_key, prefix_value, ctx.inside)
+            behind = slice(ctx.inside, None)
+            seen = (x[:, :, behind] for x in (grad, q))
+            dq, dk, dv = flash_backward(
+                *seen, pk, pv, out[:, :, behind], sums[:, :, behind], 0.0, False, scale=ctx.scaling
+            )
+            of_q[:, :, behind] += dq
+            if ctx.inside:
+                of_key[:, :, : ctx.inside] += dk.sum(0)
+                of_value[:, :, : ctx.inside] += dv.sum(0)
+            else:
+                of_prefix = dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
+        return of_query, of_key, of_value, *of_prefix, None, None, None
+
+
+def _prefix(k, v, prefix_key, prefix_value, inside: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (groups, key heads, prefix, size) of the prefix; k, v: those of the tokens."""
+    if inside:
+        return k[:, :, :inside], v[:, :, :inside]
+    return tuple(x.expand(len(k), -1, -1, -1) for x in (prefix_key, prefix_value))
 
 
 def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:

@@ -267,16 +267,26 @@ class Engine:
             self.tokens_per_micro_batch //= 2
             print(f"Out of memory: going on with micro-batches of {self.tokens_per_micro_batch} tokens.", flush=True)
 
-    def states(self, prompts: list[list[int]], trees: list[Tree], reference: bool = False) -> list[torch.Tensor]:
-        """The hidden state of every node, per prompt (nodes, hidden). `reference`: with the adapter switched off."""
-        return self.shrinking(lambda: self._states(prompts, trees, reference))
+    def states(
+        self, prompts: list[list[int]], trees: list[Tree], reference: bool = False, keep: bool = False
+    ) -> list[torch.Tensor]:
+        """The hidden state of every node, per prompt (nodes, hidden). `reference`: with the adapter switched off.
 
-    @torch.no_grad()
-    def _states(self, prompts: list[list[int]], trees: list[Tree], reference: bool) -> list[torch.Tensor]:
+        keep: with gradient if all rows are one micro-batch, so that training on them needs no second forward.
+        """
+        return self.shrinking(lambda: self._states(prompts, trees, reference, keep))
+
+    def _states(self, prompts, trees, reference: bool, keep: bool) -> list[torch.Tensor]:
         result: list = [None] * len(prompts)
-        with self._reference_model() if reference else contextlib.nullcontext():
-            prefix = self._prefix(prompts, reference)
-            for rows in self._in_step(self._batches(prompts, trees, prefix[0])):
+        length = self._prefix_length(prompts)
+        batches = self._batches(prompts, trees, length)
+        whole = self._whole(batches)
+        with (
+            self._reference_model() if reference else contextlib.nullcontext(),
+            torch.set_grad_enabled(keep and whole),
+        ):
+            prefix = self._prefix(prompts, reference, whole)
+            for rows in self._in_step(batches):
                 if rows is None:
                     self._idle()
                     continue
@@ -291,7 +301,13 @@ class Engine:
         The caller runs backward on each before asking for the next; after the last one the gradients that collected in
         the shared prefix's keys and values are sent through it. Memory holds one micro-batch and the prefix.
         """
-        length = 0 if self.plain else common_prefix(prompts)
+        length = self._prefix_length(prompts)
+        batches = self._batches(prompts, trees, length)
+        if self._whole(batches):
+            (rows,) = batches
+            prefix = self._prefix(prompts, whole=True)
+            yield rows, self._forward([prompts[i] for i in rows], [trees[i] for i in rows], prefix)
+            return
         pairs, leaves, last = [], [], None
         someone = self._anyone(length > 0)
         if length:
@@ -299,7 +315,7 @@ class Engine:
             leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in pairs]
         elif someone:
             last = self._idle()
-        for rows in self._in_step(self._batches(prompts, trees, length)):
+        for rows in self._in_step(batches):
             if rows is None:
                 self._idle().mean().mul(0).backward()
                 continue
@@ -321,9 +337,22 @@ class Engine:
         lengths = [len(p) - prefix_length + len(t) for p, t in zip(prompts, trees)]
         return micro_batches(lengths, self.tokens_per_micro_batch, self.packed and not self.plain)
 
-    def _prefix(self, prompts: list[list[int]], reference: bool = False) -> tuple[int, list]:
-        """(length, keys and values per layer (1, heads, length, size)) of the tokens that all prompts begin with."""
-        length = 0 if self.plain else common_prefix(prompts)
+    def _prefix_length(self, prompts: list[list[int]]) -> int:
+        return 0 if self.plain else common_prefix(prompts)
+
+    def _whole(self, batches: list[list[int]]) -> bool:
+        """Whether one pass through the network is enough for all rows."""
+        return len(batches) == 1 and not self.in_step
+
+    def _prefix(self, prompts: list[list[int]], reference: bool = False, whole: bool = False) -> tuple[int, list]:
+        """(length, keys and values per layer (1, heads, length, size)) of the tokens that all prompts begin with.
+
+        The list is empty if these tokens had better go through the network in front of the rows: where the rows need
+        only one pass (`whole`) and can lie behind one another, so few tokens are not worth a pass of their own.
+        """
+        length = self._prefix_length(prompts)
+        if whole and self.packed and not reference:
+            return length, []
         ids = tuple(prompts[0][:length]) if length else ()
         known, pairs = self._reference_prefix if reference and self._reference_prefix else ((), [])
         # The reference never changes: any longer prefix that was computed before begins with this one.
@@ -387,11 +416,15 @@ class Engine:
         return (self._packed_forward if self.packed else self._padded_forward)(prompts, trees, prefix)
 
     def _packed_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
-        """All rows lie behind one another in one: a prompt after the prefix, its tree's tokens, the next prompt."""
+        """All rows lie behind one another in one: a prompt after the prefix, its tree's tokens, the next prompt.
+
+        A prefix whose keys and values are not known goes in front of them.
+        """
         length, pairs = prefix
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[attention.Row] = []
+        inside = 0 if pairs else length
+        ids = prompts[0][:inside]
+        positions = list(range(inside))
+        rows: list[attention.Row] = [(0, inside, None)] if inside else []
         nodes: list[list[int]] = []
         for prompt, tree in zip(prompts, trees):
             start, rest = len(ids), len(prompt) - length
@@ -402,16 +435,18 @@ class Engine:
         self.tokens_computed += len(ids)
         cache = DynamicCache()
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
-        cache.layers = [attention.PackedLayer(pair, rows) for pair in pairs or [None] * layers]
+        cache.layers = [attention.PackedLayer(pair, rows, inside) for pair in pairs or [None] * layers]
         mask = torch.ones(1, 1, 1, dtype=torch.bool)  # nobody looks at it
         hidden = self._run_blocks(torch.tensor([ids]), mask, torch.tensor([positions]), cache)
         most = max(map(len, nodes))
         where = torch.tensor([_padded_list(places, most) for places in nodes])
 
         def goes_on() -> DynamicCache:
-            width = max(stop - start for start, stop, _ in rows)
-            places = torch.tensor([[min(start + i, stop - 1) for i in range(width)] for start, stop, _ in rows])
-            return self._cache(pairs, len(rows), [layer.padded(places) for layer in cache.layers])
+            own = [(start, stop) for start, stop, _ in rows[-len(prompts) :]]
+            width = max(stop - start for start, stop in own)
+            places = torch.tensor([[min(start + i, stop - 1) for i in range(width)] for start, stop in own])
+            shared = [layer.shared() for layer in cache.layers] if length else []
+            return self._cache(shared, len(own), [layer.padded(places) for layer in cache.layers])
 
         return hidden[0][where], goes_on
 
@@ -500,6 +535,7 @@ class Engine:
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         first: int = 0,
+        keep: bool = False,
     ) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
         """Answer every prompt `samples` times; temperature 0 is greedy.
 
@@ -507,21 +543,27 @@ class Engine:
         Samples of a prompt that agree so far share their forward; a row whose answers have all ended leaves the batch.
         Returns, per prompt: the tree of all tokens that had to be pushed through the network, the answers, and the
         states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU; `first`: the number of the
-        first prompt, if other processes answer those before it (see `row_seeds`).
+        first prompt, if other processes answer those before it (see `row_seeds`). keep: see `states`.
         """
         seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else []
-        return self.shrinking(lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds))
+        return self.shrinking(lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds, keep))
 
-    @torch.no_grad()
-    def _generate(self, prompts, stop, max_new_tokens: int, samples: int, temperature: float, seeds: list[int]):
+    def _generate(self, prompts, stop, max_new_tokens: int, samples: int, temperature: float, seeds: list[int], keep):
         trees = [Tree() for _ in prompts]
-        answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
-        states: list = [None] * len(prompts)
-        prefix = self._prefix(prompts)
+        length = self._prefix_length(prompts)
         # Room for the answers: a decoding row holds its prompt and about as many nodes as tokens are generated.
         room = min(samples * max_new_tokens, 64)
-        lengths = [len(p) - prefix[0] + room for p in prompts]
-        for rows in self._in_step(micro_batches(lengths, 4 * self.tokens_per_micro_batch)):
+        batches = micro_batches([len(p) - length + room for p in prompts], 4 * self.tokens_per_micro_batch)
+        whole = self._whole(batches)
+        keep = keep and whole and self._whole(self._batches(prompts, trees, length))
+        with torch.set_grad_enabled(keep):
+            prefix = self._prefix(prompts, whole=whole)
+            return self._answers(prompts, trees, prefix, batches, stop, max_new_tokens, samples, temperature, seeds)
+
+    def _answers(self, prompts, trees, prefix, batches, stop, max_new_tokens, samples, temperature, seeds):
+        answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
+        states: list = [None] * len(prompts)
+        for rows in self._in_step(batches):
             if rows is None:
                 self._idle()
                 for _ in range(max_new_tokens):
@@ -556,11 +598,13 @@ class Engine:
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         first: int = 0,
+        keep: bool = False,
     ) -> list[torch.Tensor]:
         """End every answer with a label chosen among the trie's: its analysis was free, its judgement is masked.
 
         `link` gives the tokens (and their text) that lead from an answer's text to its label; nobody chooses them, so
-        they are nodes but no actions. Answers and trees are extended in place. Returns the states of all nodes.
+        they are nodes but no actions. Answers and trees are extended in place. Returns the states of all nodes
+        (keep: see `states`).
         """
         places = []
         for tree, group in zip(trees, answers):
@@ -579,7 +623,7 @@ class Engine:
                     tree.allowed[where[inner]] = [trie.vocabulary[c] for c in columns]
                 places.append(where)
                 answer.text += text
-        states = self.states(prompts, trees)
+        states = self.states(prompts, trees, keep=keep)
         place = iter(places)
         seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else [None] * len(prompts)
         for state, group, seed in zip(states, answers, seeds):
@@ -613,7 +657,7 @@ class Engine:
         fresh: list[list[int]] = [[0] for _ in prompts]  # nodes whose state is known and whose next token is not chosen
         latest = root[:, None]
         for step in range(max_new_tokens):
-            logits = self.logits(latest)  # (rows in batch, fresh nodes, vocabulary)
+            logits = self.logits(latest.detach())  # (rows in batch, fresh nodes, vocabulary)
             grown: list[list[int]] = []
             for place, row in enumerate(rows):
                 where = {node: i for i, node in enumerate(fresh[row])}

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 import processes
@@ -128,6 +129,7 @@ class Rollout:
     values: torch.Tensor  # (actions,)
     advantages: torch.Tensor  # (actions,)
     returns: torch.Tensor  # (actions,)
+    kept: list[torch.Tensor] | None  # per prompt (nodes, hidden) with gradient, until the first update uses them up
 
 
 class StratifiedSampler(torch.utils.data.Sampler):
@@ -479,7 +481,12 @@ class PPOTrainer(RunTrainer, Trainer):
         def update(mine: list[int], minibatch: list[int]) -> dict:
             total = sum(actions_of[i] for i in minibatch)
             sums = {"actions": sum(len(by_prompt[i]) for i in mine)}
-            batches = self.engine.training_batches([prompts[i] for i in mine], [rollout.trees[i] for i in mine])
+            if rollout.kept is not None:
+                # The network has not changed since the rollout: its forward is this update's too.
+                batches = [(range(len(mine)), pad_sequence([rollout.kept[i] for i in mine], batch_first=True))]
+                rollout.kept = None
+            else:
+                batches = self.engine.training_batches([prompts[i] for i in mine], [rollout.trees[i] for i in mine])
             for places, states in batches:
                 actions = [(place, a) for place, p in enumerate(places) for a in by_prompt[mine[p]]]
                 index = torch.tensor([a for _, a in actions], device=args.device)
@@ -582,7 +589,7 @@ class PPOTrainer(RunTrainer, Trainer):
         device = args.device
         return Rollout(
             prompts, trees, prompt.to(device), node.to(device), column.to(device), old.to(device), values.to(device),
-            advantages.to(device), returns.to(device),
+            advantages.to(device), returns.to(device), states if all(s.requires_grad for s in states) else None,
         )  # fmt: skip
 
     def _whiten(self, advantages: torch.Tensor) -> torch.Tensor:
@@ -592,17 +599,19 @@ class PPOTrainer(RunTrainer, Trainer):
     def _answer(self, prompts: list[list[int]]) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
         """Trees, sampled answers and states per prompt, in free mode by generation, in labels mode by the trie."""
         args = self.args
+        keep = args.num_minibatches == 1  # one update takes all of the rollout
         if self.trie is None or args.use_CoT:
             draws = args.temperature, self.generator, self.first
             trees, answers, states = self.engine.generate(
-                prompts, self.stop, args.max_response_length, args.samples_per_prompt, *draws
-            )
+                prompts, self.stop, args.max_response_length, args.samples_per_prompt, *draws,
+                keep=keep and self.trie is None,
+            )  # fmt: skip
             if self.trie is not None:
                 words = tuple(self.completion(word) for word in self.label_words)
-                states = self.engine.judge(prompts, trees, answers, self.trie, words, self.link, *draws)
+                states = self.engine.judge(prompts, trees, answers, self.trie, words, self.link, *draws, keep=keep)
             return trees, answers, states
         trees = [self.trie.tree] * len(prompts)
-        states = self.engine.states(prompts, trees)
+        states = self.engine.states(prompts, trees, keep=keep)
         answers = []
         for state, seed in zip(states, row_seeds(len(prompts), self.generator, self.first)):
             stream = torch.Generator().manual_seed(seed)

@@ -340,6 +340,46 @@ def test_states_of_generation_are_those_of_its_trees(kind, tokenizer):
         assert error(found, expected) < 1e-4
 
 
+@pytest.mark.usefixtures("any_prefix")
+@pytest.mark.parametrize("case", ["prefix", "no prefix", "one row"])
+@pytest.mark.parametrize("kind", [*KINDS, "mpt"])
+def test_a_forward_that_is_kept_has_the_gradients_of_a_second_one(kind, case, tokenizer):
+    """Of generation with all its steps, and of states; rows leave the batch at different steps."""
+    model, prompts = with_lora(tiny_model(kind)), PROMPTS[case]
+    engine = Engine(model, tokenizer)
+    engine.check()
+    draws = dict(samples=3, temperature=1.5)
+    seed = lambda: torch.Generator().manual_seed(2)  # noqa: E731
+    stop = lambda text: "w3" in text  # noqa: E731
+    trees, answers, states = engine.generate(prompts, stop, 5, **draws, generator=seed(), keep=True)
+    _, others, without = engine.generate(prompts, stop, 5, **draws, generator=seed())
+    assert [[a.tokens for a in group] for group in answers] == [[a.tokens for a in group] for group in others]
+    torch.manual_seed(3)
+    weights = [torch.randn(len(tree), SIZE) for tree in trees]
+
+    def gradients(parts) -> torch.Tensor:
+        for weight, state in parts:
+            (weight * torch.log_softmax(engine.logits(state[: len(weight)]), -1)).sum().backward(retain_graph=True)
+        found = [p.grad.flatten().clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return torch.cat(found)
+
+    def second():
+        for rows, batch in engine.training_batches(prompts, trees):
+            yield from ((weights[i], state) for i, state in zip(rows, batch))
+
+    expected = gradients(second())
+    assert error(gradients(zip(weights, states)), expected) < 1e-4
+    assert error(gradients(zip(weights, engine.states(prompts, trees, keep=True))), expected) < 1e-4
+    # It is kept only where one pass is enough, and only if it is asked for.
+    engine.tokens_per_micro_batch = 1
+    asked = engine.generate(prompts, stop, 5, **draws, generator=seed(), keep=True)[2] + engine.states(
+        prompts, trees, keep=True
+    )
+    assert all(state.requires_grad == (case == "one row") for state in asked)
+    assert not any(state.requires_grad for state in without)
+
+
 def answers_of(engine, prompts, **settings) -> list[list[list[int]]]:
     settings = {"stop": never, "max_new_tokens": 6, **settings}
     return [[answer.tokens for answer in group] for group in engine.generate(prompts, **settings)[1]]

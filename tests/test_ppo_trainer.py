@@ -307,6 +307,25 @@ def test_gradients_do_not_depend_on_micro_batches(mode, tmp_path):
         assert error(gradient, found[0][1]) < 1e-4 and error(head, found[0][2]) < 1e-4
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_update_takes_the_forward_of_the_rollout(mode, tmp_path):
+    """Two updates on one rollout: the same weights after them, whether the first had a forward of its own or not."""
+    found = []
+    for keeps in (True, False):
+        trainer = mode_trainer(tmp_path, mode, {"ppo_epochs": 2, "entropy_coef": 0.1})
+        batches, begun = trainer.engine.training_batches, []
+        trainer.engine.training_batches = lambda *rows, batches=batches, begun=begun: begun.append(1) or batches(*rows)
+        if not keeps:
+            states = trainer.engine.states
+            trainer.engine.states = lambda *rows, keep=False, states=states, **more: states(*rows, **more)
+            generate = trainer.engine.generate
+            trainer.engine.generate = lambda *rows, keep=False, generate=generate: generate(*rows)
+        trainer.train()
+        assert len(begun) == (1 if keeps else 2)
+        found.append(torch.cat([weight.flatten() for weight in policy_weights(trainer.model).values()]))
+    assert error(found[0], found[1]) < 1e-5
+
+
 @pytest.mark.parametrize("mode", [*MODES, "expected"])
 def test_an_update_that_runs_out_of_memory_is_begun_again(mode, tmp_path):
     """Half of the gradients are there when memory runs out; they are dropped, and the step is as any other."""
