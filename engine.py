@@ -1,8 +1,8 @@
 """The one hot path: states, log-probabilities and answers of a causal language model, for all four scripts.
 
-An episode here is a prompt and a *tree* of answer tokens. Node 0 is the state after the prompt; every other node is the
-state after one more token. All samples of one prompt (or all spellings of a task's labels) are paths in the same tree,
-so the prompt is pushed through the network once, however many answers are looked at. Four savings, all of them exact:
+An episode here is a prompt and a *tree* of answer tokens (trees.py). Node 0 is the state after the prompt; every other
+node is the state after one more token. All samples of one prompt (or all spellings of a task's labels) are paths in the
+same tree, so the prompt is pushed through the network once, however many answers are looked at. All savings are exact:
 
 1. The tokens with which all prompts begin (instruction, demonstrations) go through the network once per call, not once
    per row; in training their keys and values are leaves that collect the micro-batches' gradients, which go back
@@ -11,6 +11,8 @@ so the prompt is pushed through the network once, however many answers are looke
    micro-batch lie behind one another, without padding.
 3. The vocabulary projection sees only the states where an answer token is chosen.
 4. Tokens that end an answer, or that the label set forces, are never pushed through the network.
+5. Rows that are one micro-batch take the prefix along in front of them, and a rollout of such rows keeps its graph: the
+   first update on it has no forward of its own.
 
 `check()` compares all this with the plain forward once; a model it does not fit falls back to the plain forward.
 """
@@ -19,7 +21,6 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import psutil
@@ -33,141 +34,11 @@ import lora
 import processes
 import sharding
 from models import ModelError
+from trees import Answer, LabelTrie, Tree, draw, row_seeds
 
 TOKENS_PER_MICRO_BATCH = 1024
 SMALLEST_BUDGET = 16  # tokens: less than any prompt, so one row at a time
-MASKED = -1e9
 Result = TypeVar("Result")
-
-
-@dataclass
-class Tree:
-    """Answer tokens as a tree: node i > 0 is the state after `tokens[i]`, which follows node `parents[i]` < i.
-
-    `allowed` names the only tokens that may be chosen at a node; a node that is not in it allows every token.
-    """
-
-    tokens: list[int] = field(default_factory=lambda: [-1])
-    parents: list[int] = field(default_factory=lambda: [-1])
-    depths: list[int] = field(default_factory=lambda: [0])
-    allowed: dict[int, list[int]] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self._children = {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens)) if i}
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def child(self, node: int, token: int) -> int:
-        """The node after `token` at `node`; made if it is not there yet."""
-        if (node, token) not in self._children:
-            self._children[node, token] = len(self)
-            self.tokens.append(token)
-            self.parents.append(node)
-            self.depths.append(self.depths[node] + 1)
-        return self._children[node, token]
-
-    def path(self, node: int) -> list[int]:
-        """The tokens from the prompt's end to `node`."""
-        tokens = []
-        while node > 0:
-            tokens.insert(0, self.tokens[node])
-            node = self.parents[node]
-        return tokens
-
-
-@dataclass
-class Answer:
-    """One generated answer: `tokens[t]` was chosen at node `nodes[t]` of its prompt's tree."""
-
-    tokens: list[int]
-    nodes: list[int]
-    ended: bool  # by the end-of-sequence token (which `text` leaves out) or by the stop rule
-    text: str
-    label: int | None = None  # chosen among the labels of a trie, if it was
-
-
-class LabelTrie:
-    """The spellings of a task's labels as a tree, and which tokens may follow at each node.
-
-    Attributes:
-        tree: the nodes that must be known to choose among the labels; a forced token has none of its own.
-        vocabulary: (tokens,) the token ids that may be chosen anywhere; all distributions are over these columns.
-        mask: (nodes, tokens), 0 where the column's token continues a label (or closes the answer), MASKED elsewhere.
-        decision_nodes: the nodes at which something is chosen; the others only lead to them.
-        paths: for every label, the decisions [(node, column), ...] that lead to it.
-    """
-
-    def __init__(self, spellings: list[list[int]], close_token: int):
-        """spellings: token ids of every label, by class id. Raises ValueError if two labels are spelled alike."""
-        if len({tuple(s) for s in spellings}) < len(spellings) or not all(spellings):
-            raise ValueError("two labels have the same spelling, or one has none: give every label its own word")
-        complete = [[*s, close_token] for s in spellings]
-        self.spellings = spellings
-        self.tree = Tree()
-        choices: dict[int, set[int]] = {}
-        self.paths: list[list[tuple[int, int]]] = []
-        decisions = []
-        for spelling in complete:
-            node, path = 0, []
-            for t, token in enumerate(spelling):
-                options = {other[t] for other in complete if other[:t] == spelling[:t]}
-                if len(options) > 1:
-                    # The tokens since the last decision were forced: they enter the tree only now that they matter.
-                    for known in spelling[self.tree.depths[node] : t]:
-                        node = self.tree.child(node, known)
-                    choices[node] = options
-                    path.append((node, token))
-            decisions.append(path)
-        self.decision_nodes = sorted(choices)
-        self.vocabulary = sorted(set().union(*choices.values()))
-        column = {token: i for i, token in enumerate(self.vocabulary)}
-        # A finite number, so that probability times log-probability is 0 and not NaN for a masked token.
-        self.mask = torch.full((len(self.tree), len(self.vocabulary)), MASKED)
-        for node, options in choices.items():
-            self.mask[node, [column[token] for token in options]] = 0.0
-        self.paths = [[(node, column[token]) for node, token in path] for path in decisions]
-        self._next = {tuple(path[:t]): path[t][0] for path in self.paths for t in range(len(path))}
-        self._label = {tuple(path): label for label, path in enumerate(self.paths)}
-
-    def log_probs(self, logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """(..., nodes, columns) logits of the vocabulary -> log-probs among the tokens that each node allows."""
-        return torch.log_softmax(logits / temperature + self.mask.to(logits.device), dim=-1)
-
-    def full_tree(self) -> tuple[Tree, list[list[tuple[int, int]]]]:
-        """All spellings as a tree, forced tokens too, and per label its [(node, token), ...]; nothing closes them."""
-        tree, steps = Tree(), []
-        for spelling in self.spellings:
-            node, path = 0, []
-            for t, token in enumerate(spelling):
-                path.append((node, token))
-                if t + 1 < len(spelling):
-                    node = tree.child(node, token)
-            steps.append(path)
-        return tree, steps
-
-    def label_log_probs(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """(batch, nodes, columns) log-probs of decisions -> (batch, labels) log-probs of whole labels."""
-        columns = []
-        for path in self.paths:
-            nodes, tokens = zip(*path)
-            columns.append(log_probs[:, list(nodes), list(tokens)].sum(-1))
-        return torch.stack(columns, dim=-1)
-
-    def choose(self, log_probs: torch.Tensor, generator: torch.Generator | None) -> tuple[int, list[tuple[int, int]]]:
-        """(nodes, columns) log-probs of one row -> a label and its decisions [(node, column), ...].
-
-        Token by token, as generation would: sampled, or the most probable token each time if there is no generator.
-        """
-        path: list[tuple[int, int]] = []
-        while tuple(path) not in self._label:
-            node = self._next[tuple(path)]
-            if generator is None:
-                column = int(log_probs[node].argmax())
-            else:
-                column = draw(log_probs[node].exp(), 1, generator)[0]
-            path.append((node, column))
-        return self._label[tuple(path)], path
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
@@ -811,21 +682,6 @@ def training_tokens(model: nn.Module) -> int:
     free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
     fits = min(max(free // 2 // per_token, SMALLEST_BUDGET), 16384 if cuda else 512)
     return 1 << (int(fits).bit_length() - 1)
-
-
-def row_seeds(count: int, generator: torch.Generator | None, first: int = 0) -> list[int]:
-    """A seed for every row's own stream: neither micro-batches nor processes can then change what is sampled.
-
-    first: the number of the first of these `count` rows among those of all processes.
-    """
-    return torch.randint(2**62, (first + count,), generator=generator).tolist()[first:]
-
-
-def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | None) -> list[int]:
-    """`count` places drawn from (places,) probabilities, on the CPU. FloatingPointError if the network gave NaN."""
-    if not bool(torch.isfinite(probabilities).all()):
-        raise FloatingPointError("the model's probabilities are not finite")
-    return torch.multinomial(probabilities.cpu(), count, replacement=True, generator=generator).tolist()
 
 
 def _branches(tree: Tree, prompt: int) -> torch.Tensor | None:

@@ -12,9 +12,10 @@ import prompts
 import rewards
 import sharding
 from arguments import Arguments
-from engine import TOKENS_PER_MICRO_BATCH, Answer, Engine, LabelTrie, row_seeds
+from engine import TOKENS_PER_MICRO_BATCH, Engine
 from models import ModelError
 from tasks import Task
+from trees import Answer, LabelTrie, row_seeds
 
 ANSWER_SPACES = ("labels", "free", "score")
 

@@ -12,8 +12,9 @@ from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_l
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import attention
-from engine import MASKED, Answer, Engine, LabelTrie, Tree, common_prefix, micro_batches, training_tokens
+from engine import Engine, common_prefix, micro_batches, training_tokens
 from models import ModelError
+from trees import MASKED, Answer, LabelTrie, Tree
 
 KINDS = ["llama", "qwen2", "neox", "gpt2"]
 

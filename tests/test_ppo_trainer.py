@@ -18,20 +18,9 @@ import ppo_trainer
 import rewards
 import tasks
 import tracking
-from engine import Answer
-from ppo_trainer import (
-    VALUE_HEAD_FILE,
-    PPOConfig,
-    PPOTrainer,
-    StratifiedSampler,
-    TrainingError,
-    against_siblings,
-    clipped_surrogate,
-    clipped_value_loss,
-    explained_variance,
-    gae,
-    whiten,
-)
+from objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
+from ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, StratifiedSampler, TrainingError
+from trees import Answer, Tree
 
 WORDS = ("no", "yes")
 LONG_WORDS = ("not", "not at all", "yes")
@@ -708,7 +697,7 @@ def test_resume_equals_a_straight_run_bit_for_bit(mode, tmp_path):
     def trainer_in(name: str) -> PPOTrainer:
         torch.manual_seed(99)  # the adapter's start is another one each time: resuming must not depend on it
         more = cot_arguments() if mode == "analysis" else {}
-        evaluate = lambda engine: {"score": float(engine.states([[5, 6]], [ppo_trainer.Tree()])[0].sum())}  # noqa: E731
+        evaluate = lambda engine: {"score": float(engine.states([[5, 6]], [Tree()])[0].sum())}  # noqa: E731
         return make_trainer(
             tmp_path / name, model=with_lora(tiny_model()), config=config, compute_metrics=evaluate, **more
         )
