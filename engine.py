@@ -9,7 +9,8 @@ same tree, so the prompt is pushed through the network once, however many answer
    through the prefix once. On a CPU they are not even copied for every row (attention.py).
 2. Rows are sorted by length and cut into micro-batches by a budget of tokens, not by a count. On a CPU the rows of a
    micro-batch lie behind one another, without padding.
-3. The vocabulary projection sees only the states where an answer token is chosen.
+3. The vocabulary projection, and the last block's feed-forward layer (feedforward.py), see only the states where an
+   answer token is chosen.
 4. Tokens that end an answer, or that the label set forces, are never pushed through the network.
 5. Rows that are one micro-batch take the prefix along in front of them, and a rollout of such rows keeps its graph: the
    first update on it has no forward of its own.
@@ -30,6 +31,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import attention
+import feedforward
 import lora
 import processes
 import sharding
@@ -97,6 +99,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.in_step = sharding.active()  # all processes must run the same number of blocks
+        # Cut up weights are brought together by the calls of their modules, so every process must make all of them.
+        layers = causal_lm.config.get_text_config().num_hidden_layers
+        self.last_feedforward = None if self.in_step else feedforward.last(self.backbone, layers)
         self.packed = attention.fits(causal_lm)
         self.apart_from = attention.SHORTEST if self.packed else None  # tokens of a prefix
         self.plain = False  # set by check() for a model that the shared prefix does not fit
@@ -238,11 +243,14 @@ class Engine:
         return length, pairs
 
     def _run_prefix(self, ids: list[int]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """Keys and values per layer, and the states (1, tokens, hidden)."""
+        """Keys and values per layer, and what the network returns (1, tokens, hidden), which is of no use but with cut
+        up weights."""
         self.tokens_computed += len(ids)
         cache = DynamicCache()
         ids = torch.tensor([ids], device=self.device)
-        states = self.backbone(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
+        with feedforward.only(self.last_feedforward, nowhere):
+            states = self.backbone(ids, past_key_values=cache, use_cache=True).last_hidden_state
         return [(layer.keys, layer.values) for layer in cache.layers], states
 
     def _in_step(self, batches: list) -> Iterator:
@@ -308,7 +316,8 @@ class Engine:
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
         cache.layers = [attention.PackedLayer(pair, rows, inside) for pair in pairs or [None] * layers]
         mask = torch.ones(1, 1, 1, dtype=torch.bool)  # nobody looks at it
-        hidden = self._run_blocks(torch.tensor([ids]), mask, torch.tensor([positions]), cache)
+        read = torch.tensor([place for places in nodes for place in places])
+        hidden = self._run_blocks(torch.tensor([ids]), mask, torch.tensor([positions]), cache, read)
         most = max(map(len, nodes))
         where = torch.tensor([_padded_list(places, most) for places in nodes])
 
@@ -351,13 +360,20 @@ class Engine:
             mask[:, width:, length : length + width] = (torch.arange(width) < sizes[:, None])[:, None]
             mask[:, width:, length + width :] = torch.stack([_ancestors(t.parents, nodes) for t in trees])
         cache = self._cache(pairs, rows)
-        hidden = self._run_blocks(ids, mask, positions, cache)
+        nodes_of = torch.arange(width, width + nodes).expand(rows, nodes)
+        read = torch.arange(rows)[:, None] * (width + nodes) + torch.cat([sizes[:, None] - 1, nodes_of], dim=1)
+        hidden = self._run_blocks(ids, mask, positions, cache, read.flatten())
         last = hidden[torch.arange(rows, device=hidden.device), (sizes - 1).to(hidden.device)]
         return torch.cat([last[:, None], hidden[:, width:]], dim=1), lambda: cache
 
-    def _run_blocks(self, ids, mask, positions, cache: DynamicCache) -> torch.Tensor:
-        """ids, positions (rows, tokens) and mask (rows, tokens, all tokens so far) -> states (rows, tokens, hidden)."""
+    def _run_blocks(self, ids, mask, positions, cache: DynamicCache, read: torch.Tensor | None = None) -> torch.Tensor:
+        """ids, positions (rows, tokens) and mask (rows, tokens, all tokens so far) -> states (rows, tokens, hidden).
+
+        read: (n,) the tokens whose states are wanted, counted through the rows; None: all of them.
+        """
         with contextlib.ExitStack() as stack:
+            read = None if read is None else read.to(self.device)
+            stack.enter_context(feedforward.only(self.last_feedforward, read))
             kind = type(cache.layers[0]) if cache.layers else None
             if kind is attention.PackedLayer:
                 stack.enter_context(attention.in_use(self.causal_lm, attention.packed))

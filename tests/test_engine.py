@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_lora
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import attention
 from engine import Engine, common_prefix, micro_batches, training_tokens
@@ -235,6 +235,36 @@ def test_the_prefix_is_pushed_through_the_network_once(tokenizer):
     for _, states in engine.training_batches(prompts, [Tree() for _ in prompts]):
         states.sum().backward()
     assert engine.tokens_computed == 2 * before
+
+
+@pytest.mark.usefixtures("any_prefix")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_feed_forward_layer_computes_only_what_is_read(kind, tokenizer):
+    model, prompts = tiny_model(kind), PROMPTS["prefix"]
+    engine, trees, seen = Engine(model, tokenizer, 30), trees_for(PROMPTS["prefix"]), []
+    whole = engine.last_feedforward.whole
+    engine.last_feedforward.whole = lambda hidden: seen.append(hidden.shape[-2]) or whole(hidden)
+    engine.states(prompts, trees)
+    nodes = sum(map(len, trees))
+    assert nodes <= sum(seen) < engine.tokens_computed
+    if engine.packed:
+        assert sum(seen) == nodes
+    # The model itself still computes all of it.
+    seen.clear()
+    model(torch.tensor([prompts[0]]))
+    assert seen == [len(prompts[0])]
+    assert Engine(model, tokenizer).last_feedforward is engine.last_feedforward
+
+
+def test_a_model_with_another_kind_of_block_computes_all_of_it(tokenizer):
+    assert Engine(tiny_model("mpt"), tokenizer).last_feedforward is None
+    sizes = {**BASE, **SIZES, "num_key_value_heads": 2}
+    experts = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)).eval()
+    engine, prompts = Engine(experts, tokenizer), PROMPTS["prefix"]
+    assert engine.last_feedforward is None and engine.check() is None
+    trees = trees_for(prompts)
+    for state, logits in zip(engine.states(prompts, trees), plain_logits(experts, prompts, trees)):
+        assert error(engine.logits(state), logits) < 1e-4
 
 
 def test_a_branched_tree_takes_less_than_its_paths(tokenizer):
