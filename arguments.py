@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib.util
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -75,7 +76,10 @@ class Parser(HfArgumentParser):
     """Says what is wrong in one sentence, without the list of all options."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message.rstrip('.')}; --help lists all options", file=sys.stderr)
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        meant = f"did you mean {near[0]}? " if near else ""
+        print(f"{self.prog}: error: {message.rstrip('.')}; {meant}--help lists all options", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -6,7 +6,7 @@
 #   bash scripts/results.sh                                    everything: about a day on two CPU cores
 #   bash scripts/results.sh zero-shot 8-shot SFT               only these methods
 #   TASKS="MR SST" SEEDS="0 1 2" bash scripts/results.sh SFT PPO
-#   TASKS="MR SST" bash scripts/results.sh SFT-1152            SFT on 1,152 rows in place of the 576 that all others see
+#   TASKS="MR SST" bash scripts/results.sh SFT-1152 PPO-1152   on 1,152 rows in place of the 576 that all others see
 #
 # The original files of the tasks lie below data/ (data/README.md); MR needs none.
 set -euo pipefail
@@ -78,12 +78,13 @@ for method in "${methods[@]}"; do
             *" 8-shot") run "$folder" fewshot.sh "${about[@]}" ;;
             *" SFT") run "$folder" sft.sh "${about[@]}" ;;
             *" SFT-"[1-9]*) run "$folder" sft.sh "${about[@]}" --max_steps "$((${method#SFT-} / 8))" ;;
+            *" PPO-"[1-9]*) run "$folder" ppo.sh "${about[@]}" --max_steps "$((${method#PPO-} / 8))" ;;
             *" PPO") run "$folder" ppo.sh "${about[@]}" ;;
             *" PPO-sampled") run "$folder" ppo.sh "${about[@]}" --policy_gradient sampled ;;
             *" PPO-free") run "$folder" ppo.sh "${about[@]}" --answer_space free ;;
             *)
                 echo "results.sh: error: no method $method; give some of zero-shot zero-shot-free 8-shot SFT SFT-ROWS" \
-                    "PPO PPO-sampled PPO-free" >&2
+                    "PPO PPO-ROWS PPO-sampled PPO-free" >&2
                 exit 2
                 ;;
             esac

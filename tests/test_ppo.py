@@ -416,7 +416,7 @@ BAD_OPTIONS = [
     (dict(save_methods="day"), ["--save_methods day", "step, epoch"]),
     (dict(report_to="paper"), ["--report_to paper", "none, wandb"]),
     (dict(from_local="maybe"), ["--from_local", "maybe"]),
-    (dict(learning_rat=1), ["--learning_rat"]),
+    (dict(learning_rat=1), ["--learning_rat", "did you mean --learning_rate?"]),
     (dict(train_model_name="/no/such/model"), ["/no/such/model"]),
     (dict(train_model_name="/no/such/model", from_local=False), ["/no/such/model"]),
     (dict(train_model_name="no-such-user/no-such-model", from_local=False), ["no-such-user/no-such-model"]),

@@ -1,5 +1,6 @@
 """scripts/results.sh: every run once, whatever happens in between."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -33,3 +34,11 @@ def test_a_run_that_fails_is_counted_and_the_others_go_on(tmp_path):
 def test_an_unknown_method_is_refused(tmp_path):
     done = call(tmp_path, "PPPO")
     assert done.returncode == 2 and "no method PPPO" in done.stderr
+
+
+def test_rows_are_part_of_a_methods_name(tmp_path):
+    done = call(tmp_path, "SFT-8", "PPO-16")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for name, rows in (("SFT-8", 8), ("PPO-16", 16)):
+        summary = json.loads((tmp_path / "MR" / f"{name}-0" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["samples"] == rows
