@@ -150,7 +150,8 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
     if arguments.answer_space == "labels":
         evaluation.label_trie(task, tokenizer)  # labels that this model cannot tell apart are refused now
     model, problem = evaluation.load_model(arguments.train_model_name, tokenizer, arguments)
-    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model)
+    keeps = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
+    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model, keeps)
     settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
     train_prompts, shortened = prompts.build_all(task, train, **settings)
     held_out_prompts, shortened_held_out = prompts.build_all(task, held_out, **settings)

@@ -211,6 +211,7 @@ def test_the_budget_follows_free_memory(monkeypatch):
     for free, tokens_that_fit in ((2 * 14_336 * 100, 64), (2 * 14_336 * 128, 128), (2**40, 512), (0, 16)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert training_tokens(model) == tokens_that_fit
+        assert training_tokens(model, keeps=True) == (2048 if tokens_that_fit == 512 else tokens_that_fit)
 
 
 def test_full_weights_get_the_same_gradients_too(tokenizer):
