@@ -22,6 +22,7 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 SHORTEST = 128  # tokens; with a shorter prefix `shared_prefix` has nothing to gain
 Row = tuple[int, int, torch.Tensor | None]  # first token, the one after the last, and (tokens, tokens) 0 or -inf
+Shared = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
 class PrefixLayer(DynamicLayer):
@@ -42,19 +43,29 @@ class PackedLayer(DynamicLayer):
     """The cache of one layer: keys and values (1, heads, tokens, size) of all rows behind one another.
 
     What all rows share is `prefix`, keys and values from elsewhere, or the first `inside` tokens, which are then the
-    first row.
+    first row. What one row alone has before its tokens are those of another layer, `past`, from `before[row][0]` to
+    `before[row][1]`.
     """
 
-    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor] | None, rows: list[Row], inside: int = 0):
+    def __init__(
+        self,
+        prefix: Shared | None,
+        rows: list[Row],
+        inside: int = 0,
+        past: "PackedLayer | None" = None,
+        before: list[tuple[int, int]] | None = None,
+    ):
         super().__init__()
         self.prefix, self.rows, self.inside = prefix, rows, inside
+        self.past, self.before = (past.keys, past.values) if past else None, before
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        keys.prefix, keys.rows, keys.inside = self.prefix, self.rows, self.inside
+        # Not the layer itself: it holds these keys, and a circle of tensors would wait for the garbage collector.
+        keys.about = self.prefix, self.past, self.rows, self.before, self.inside
         return keys, values
 
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def shared(self) -> Shared | None:
         """The prefix's keys and values (1, heads, prefix, size), wherever they are."""
         if not self.inside:
             return self.prefix
@@ -109,78 +120,99 @@ def shared_prefix(module, query, key, value, attention_mask, scaling=None, **kwa
 
 def packed(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """query (1, heads, tokens, size), key and value of PackedLayer.update -> (1, tokens, heads, size), None."""
-    return Packed.apply(query, key, value, *(key.prefix or (None, None)), key.rows, key.inside, scaling), None
+    prefix, past, *rows = key.about
+    nothing = None, None
+    return Packed.apply(query, key, value, *(prefix or nothing), *(past or nothing), *rows, scaling), None
 
 
 class Packed(torch.autograd.Function):
-    """Every row's tokens among themselves and the prefix, which all rows see.
+    """Every row's tokens among themselves, with what the row alone has before them, and with the prefix, which all
+    rows see.
 
-    query (1, heads, tokens, size); key, value (1, key heads, tokens, size); prefix_key, prefix_value (1, key heads,
-    prefix, size), or None where there is no prefix or the first `inside` tokens are it -> (1, tokens, heads, size).
-    A row without a mask is causal.
+    query (1, heads, tokens, size); key, value (1, key heads, tokens, size); the others as in PackedLayer
+    -> (1, tokens, heads, size). A row without a mask is causal.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, prefix_key, prefix_value, rows: list[Row], inside: int, scaling):
+    def forward(
+        ctx, query, key, value, prefix_key, prefix_value, past_key, past_value, rows, before, inside: int, scaling
+    ):
         _, heads, tokens, size = query.shape
         groups = heads // key.shape[1]
         output = query.new_empty(1, tokens, heads, size)
         sums = query.new_empty(groups, key.shape[1], tokens)
         # Heads that share their keys lie in the place of the batch: keys need no copies, and the threads enough to do.
         q, out = _grouped(query, groups), _grouped(output.transpose(1, 2), groups)
-        k, v = (x.expand(groups, -1, -1, -1) for x in (key, value))
+        k, v = _expanded(groups, key, value)
+
+        def also(mine: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+            """Let the tokens `mine` see more keys, all of them."""
+            other, other_sums = flash(q[:, :, mine], keys, values, scale=scaling)
+            out[:, :, mine].lerp_(other, torch.sigmoid(other_sums - sums[:, :, mine])[..., None])
+            sums[:, :, mine] = torch.logaddexp(sums[:, :, mine], other_sums)
+
         for start, stop, mask in rows:
             own = slice(start, stop)
             out[:, :, own], sums[:, :, own] = flash(
                 q[:, :, own], k[:, :, own], v[:, :, own], is_causal=mask is None, attn_mask=mask, scale=scaling
             )
-        if prefix_key is not None or inside:
-            pk, pv = _prefix(k, v, prefix_key, prefix_value, inside)
-            behind = slice(inside, None)
-            other, other_sums = flash(q[:, :, behind], pk, pv, scale=scaling)
-            out[:, :, behind].lerp_(other, torch.sigmoid(other_sums - sums[:, :, behind])[..., None])
-            sums[:, :, behind] = torch.logaddexp(sums[:, :, behind], other_sums)
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, output, sums)
-        ctx.rows, ctx.inside, ctx.scaling = rows, inside, scaling
+        if past_key is not None:
+            past = tuple(_expanded(groups, past_key, past_value))
+            for (start, stop, _), (first, end) in zip(rows, before):
+                also(slice(start, stop), *(x[:, :, first:end] for x in past))
+        if prefix_key is not None:
+            also(slice(None), *_expanded(groups, prefix_key, prefix_value))
+        if inside:
+            also(slice(inside, None), k[:, :, :inside], v[:, :, :inside])
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, past_key, past_value, output, sums)
+        ctx.rows, ctx.before, ctx.inside, ctx.scaling = rows, before, inside, scaling
         return output
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, prefix_key, prefix_value, output, sums = ctx.saved_tensors
-        groups = len(sums)
+        query, key, value, prefix_key, prefix_value, past_key, past_value, output, sums = ctx.saved_tensors
+        rows, inside, groups = ctx.rows, ctx.inside, len(sums)
         q, out, grad = (_grouped(x, groups) for x in (query, output.transpose(1, 2), gradient.transpose(1, 2)))
         of_query = torch.empty_like(gradient).transpose(1, 2)
         of_key, of_value = torch.empty_like(key), torch.empty_like(value)
-        of_q, of_prefix = _grouped(of_query, groups), (None, None)
-        k, v = (x.expand(groups, -1, -1, -1) for x in (key, value))
-        for start, stop, mask in ctx.rows:
+        of_q, of_prefix, of_past = _grouped(of_query, groups), (None, None), (None, None)
+        k, v = _expanded(groups, key, value)
+
+        def also(mine: slice, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """The gradients (1, key heads, keys, size) of keys and values that the tokens `mine` saw."""
+            dq, dk, dv = flash_backward(
+                grad[:, :, mine], q[:, :, mine], keys, values, out[:, :, mine], sums[:, :, mine], 0.0, False,
+                scale=ctx.scaling
+            )  # fmt: skip
+            of_q[:, :, mine] += dq
+            return dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
+
+        for start, stop, mask in rows:
             own = slice(start, stop)
             of_q[:, :, own], dk, dv = flash_backward(
                 *(x[:, :, own] for x in (grad, q, k, v, out, sums)), 0.0, mask is None, attn_mask=mask,
                 scale=ctx.scaling
             )  # fmt: skip
             of_key[:, :, own], of_value[:, :, own] = dk.sum(0), dv.sum(0)
-        if prefix_key is not None or ctx.inside:
-            pk, pv = _prefix(k, v, prefix_key, prefix_value, ctx.inside)
-            behind = slice(ctx.inside, None)
-            seen = (x[:, :, behind] for x in (grad, q))
-            dq, dk, dv = flash_backward(
-                *seen, pk, pv, out[:, :, behind], sums[:, :, behind], 0.0, False, scale=ctx.scaling
-            )
-            of_q[:, :, behind] += dq
-            if ctx.inside:
-                of_key[:, :, : ctx.inside] += dk.sum(0)
-                of_value[:, :, : ctx.inside] += dv.sum(0)
-            else:
-                of_prefix = dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
-        return of_query, of_key, of_value, *of_prefix, None, None, None
+        if past_key is not None:
+            of_past = torch.zeros_like(past_key), torch.zeros_like(past_value)
+            past = tuple(_expanded(groups, past_key, past_value))
+            for (start, stop, _), (first, end) in zip(rows, ctx.before):
+                found = also(slice(start, stop), *(x[:, :, first:end] for x in past))
+                for total, part in zip(of_past, found):
+                    total[:, :, first:end] = part
+        if prefix_key is not None:
+            of_prefix = also(slice(None), *_expanded(groups, prefix_key, prefix_value))
+        if inside:
+            found = also(slice(inside, None), k[:, :, :inside], v[:, :, :inside])
+            for total, part in zip((of_key, of_value), found):
+                total[:, :, :inside] += part
+        return of_query, of_key, of_value, *of_prefix, *of_past, None, None, None, None
 
 
-def _prefix(k, v, prefix_key, prefix_value, inside: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values (groups, key heads, prefix, size) of the prefix; k, v: those of the tokens."""
-    if inside:
-        return k[:, :, :inside], v[:, :, :inside]
-    return tuple(x.expand(len(k), -1, -1, -1) for x in (prefix_key, prefix_value))
+def _expanded(groups: int, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """(1, key heads, tokens, size), seen by each of the groups of heads."""
+    return (x.expand(groups, -1, -1, -1) for x in tensors)
 
 
 def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:

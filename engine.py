@@ -20,6 +20,7 @@ same tree, so the prompt is pushed through the network once, however many answer
 
 import contextlib
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -290,11 +291,12 @@ class Engine:
             return self._plain_forward(prompts, trees)
         return self._forward_to_go_on(prompts, trees, prefix)[0]
 
-    def _forward_to_go_on(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
-        """The states, and what returns a cache with which the rows (trees of one node) can go on."""
+    def _forward_to_go_on(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable, Callable]:
+        """The states, and for trees of one node what returns a cache with which the rows can go on, and what returns
+        the states (nodes, hidden) of each tree after it has grown (packed rows only)."""
         return (self._packed_forward if self.packed else self._padded_forward)(prompts, trees, prefix)
 
-    def _packed_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
+    def _packed_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable, Callable]:
         """All rows lie behind one another in one: a prompt after the prefix, its tree's tokens, the next prompt.
 
         A prefix whose keys and values are not known goes in front of them.
@@ -311,26 +313,51 @@ class Engine:
             positions += [*range(length, len(prompt)), *(len(prompt) + depth - 1 for depth in tree.depths[1:])]
             rows.append((start, len(ids), _branches(tree, rest)))
             nodes.append(list(range(start + rest - 1, len(ids))))
-        self.tokens_computed += len(ids)
-        cache = DynamicCache()
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
-        cache.layers = [attention.PackedLayer(pair, rows, inside) for pair in pairs or [None] * layers]
-        mask = torch.ones(1, 1, 1, dtype=torch.bool)  # nobody looks at it
+        cache = [attention.PackedLayer(pair, rows, inside) for pair in pairs or [None] * layers]
         read = torch.tensor([place for places in nodes for place in places])
-        hidden = self._run_blocks(torch.tensor([ids]), mask, torch.tensor([positions]), cache, read)
+        hidden = self._run_packed(ids, positions, cache, read)
         most = max(map(len, nodes))
         where = torch.tensor([_padded_list(places, most) for places in nodes])
+        own = [(start, stop) for start, stop, _ in rows[-len(prompts) :]]
 
         def goes_on() -> DynamicCache:
-            own = [(start, stop) for start, stop, _ in rows[-len(prompts) :]]
             width = max(stop - start for start, stop in own)
             places = torch.tensor([[min(start + i, stop - 1) for i in range(width)] for start, stop in own])
-            shared = [layer.shared() for layer in cache.layers] if length else []
-            return self._cache(shared, len(own), [layer.padded(places) for layer in cache.layers])
+            shared = [layer.shared() for layer in cache] if length else []
+            return self._cache(shared, len(own), [layer.padded(places) for layer in cache])
 
-        return hidden[0][where], goes_on
+        def grown(trees: list[Tree]) -> list[torch.Tensor]:
+            roots = [hidden[stop - 1 : stop] for _, stop in own]
+            return self._packed_trees(prompts, trees, roots, cache, own)
 
-    def _padded_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable]:
+        return hidden[where], goes_on, grown
+
+    def _packed_trees(self, prompts, trees, roots: list[torch.Tensor], cache: list, own: list) -> list[torch.Tensor]:
+        """The states (nodes, hidden) of trees whose prompts have been computed: only the other nodes go through the
+        network. roots: the states (1, hidden) after the prompts; cache: their layers; own: each prompt's place there.
+        """
+        ids = [token for tree in trees for token in tree.tokens[1:]]
+        if not ids:
+            return roots
+        positions = [len(p) + depth - 1 for p, tree in zip(prompts, trees) for depth in tree.depths[1:]]
+        sizes = [len(tree) - 1 for tree in trees]
+        ends = list(itertools.accumulate(sizes))
+        rows = [(end - size, end, _branches(tree, 0)) for end, size, tree in zip(ends, sizes, trees) if size]
+        before = [place for size, place in zip(sizes, own) if size]
+        layers = [attention.PackedLayer(layer.shared(), rows, past=layer, before=before) for layer in cache]
+        states = self._run_packed(ids, positions, layers)
+        return [torch.cat(pair) for pair in zip(roots, states.split(sizes))]
+
+    def _run_packed(self, ids: list[int], positions: list[int], layers: list, read=None) -> torch.Tensor:
+        """ids and positions of tokens behind one another, and their cache's layers -> states (tokens, hidden)."""
+        self.tokens_computed += len(ids)
+        cache = DynamicCache()
+        cache.layers = layers
+        mask = torch.ones(1, 1, 1, dtype=torch.bool)  # nobody looks at it
+        return self._run_blocks(torch.tensor([ids]), mask, torch.tensor([positions]), cache, read)[0]
+
+    def _padded_forward(self, prompts, trees, prefix: tuple[int, list]) -> tuple[torch.Tensor, Callable, None]:
         """Columns: the prompts after the prefix, padded on the right to the longest, then the trees' tokens.
 
         A tree token sees its own prompt and its ancestors, and stands where it would in a plain sequence.
@@ -364,7 +391,7 @@ class Engine:
         read = torch.arange(rows)[:, None] * (width + nodes) + torch.cat([sizes[:, None] - 1, nodes_of], dim=1)
         hidden = self._run_blocks(ids, mask, positions, cache, read.flatten())
         last = hidden[torch.arange(rows, device=hidden.device), (sizes - 1).to(hidden.device)]
-        return torch.cat([last[:, None], hidden[:, width:]], dim=1), lambda: cache
+        return torch.cat([last[:, None], hidden[:, width:]], dim=1), lambda: cache, None
 
     def _run_blocks(self, ids, mask, positions, cache: DynamicCache, read: torch.Tensor | None = None) -> torch.Tensor:
         """ids, positions (rows, tokens) and mask (rows, tokens, all tokens so far) -> states (rows, tokens, hidden).
@@ -435,21 +462,19 @@ class Engine:
         seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else []
         return self.shrinking(lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds, keep))
 
+    @torch.no_grad()
     def _generate(self, prompts, stop, max_new_tokens: int, samples: int, temperature: float, seeds: list[int], keep):
         trees = [Tree() for _ in prompts]
+        answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
+        states: list = [None] * len(prompts)
         length = self._prefix_length(prompts)
         # Room for the answers: a decoding row holds its prompt and about as many nodes as tokens are generated.
         room = min(samples * max_new_tokens, 64)
         batches = micro_batches([len(p) - length + room for p in prompts], 4 * self.tokens_per_micro_batch)
         whole = self._whole(batches)
-        keep = keep and whole and self._whole(self._batches(prompts, trees, length))
-        with torch.set_grad_enabled(keep):
-            prefix = self._prefix(prompts, whole=whole)
-            return self._answers(prompts, trees, prefix, batches, stop, max_new_tokens, samples, temperature, seeds)
-
-    def _answers(self, prompts, trees, prefix, batches, stop, max_new_tokens, samples, temperature, seeds):
-        answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
-        states: list = [None] * len(prompts)
+        # The prompts' keys and values can be kept for a graph only as packed rows.
+        keep = keep and whole and self.packed and not self.plain and self._whole(self._batches(prompts, trees, length))
+        prefix = self._prefix(prompts, whole=whole)
         for rows in self._in_step(batches):
             if rows is None:
                 self._idle()
@@ -468,6 +493,7 @@ class Engine:
                 max_new_tokens,
                 temperature,
                 streams,
+                keep,
             )
             for i, state in zip(rows, batch_states):
                 states[i] = state
@@ -525,15 +551,20 @@ class Engine:
                 answer.ended = True
         return states
 
-    def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams):
-        """Grow the trees level by level; all arguments are the rows of one micro-batch. Returns states per row."""
-        cache = None
+    def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams, keep):
+        """Grow the trees level by level; all arguments are the rows of one micro-batch. Returns states per row.
+
+        keep: with gradient, if prompts and trees are no more than a micro-batch. Steps that grow the trees leave none:
+        every one of them would hold the keys and values of all tokens anew. The trees go through the network again.
+        """
+        cache = grown = None
         if self.plain:
             root = self._plain_forward(prompts, trees)
         else:
-            root, goes_on = self._forward_to_go_on(prompts, trees, prefix)
+            with torch.set_grad_enabled(keep):
+                root, goes_on, grown = self._forward_to_go_on(prompts, trees, prefix)
             cache = goes_on()
-        root = root[:, 0]  # (rows, hidden)
+        root = root[:, 0].detach()  # (rows, hidden)
         states = [[state] for state in root]
         rows = list(range(len(prompts)))  # rows still in the batch, in the cache's order
         width = max(map(len, prompts)) - prefix[0]
@@ -544,38 +575,41 @@ class Engine:
         fresh: list[list[int]] = [[0] for _ in prompts]  # nodes whose state is known and whose next token is not chosen
         latest = root[:, None]
         for step in range(max_new_tokens):
-            logits = self.logits(latest.detach())  # (rows in batch, fresh nodes, vocabulary)
-            grown: list[list[int]] = []
+            logits = self.logits(latest)  # (rows in batch, fresh nodes, vocabulary)
+            new_nodes: list[list[int]] = []
             for place, row in enumerate(rows):
                 where = {node: i for i, node in enumerate(fresh[row])}
                 last = step + 1 == max_new_tokens
-                grown.append(
+                new_nodes.append(
                     self._choose(
                         trees[row], answers[row], where, logits[place], temperature, streams[row], stop, step, last
                     )
                 )
-            keep = [place for place, new in enumerate(grown) if new]
-            if not self._anyone(bool(keep)):
+            going = [place for place, new in enumerate(new_nodes) if new]
+            if not self._anyone(bool(going)):
                 break
-            if not keep:
+            if not going:
                 self._idle()
                 continue
-            if len(keep) < len(rows):
-                rows, grown = [rows[p] for p in keep], [grown[p] for p in keep]
+            if len(going) < len(rows):
+                rows, new_nodes = [rows[p] for p in going], [new_nodes[p] for p in going]
                 if cache is not None:
-                    cache.batch_select_indices(torch.tensor(keep, device=self.device))
-                visible = visible[keep]
-            for row, new in zip(rows, grown):
+                    cache.batch_select_indices(torch.tensor(going, device=self.device))
+                visible = visible[going]
+            for row, new in zip(rows, new_nodes):
                 fresh[row] = new
             if self.plain:
                 full = self._plain_forward([prompts[r] for r in rows], [trees[r] for r in rows])
                 latest = torch.stack(
-                    [full[p][_padded_list(fresh[r], max(map(len, grown)))] for p, r in enumerate(rows)]
+                    [full[p][_padded_list(fresh[r], max(map(len, new_nodes)))] for p, r in enumerate(rows)]
                 )
             else:
-                latest, visible = self._extend(prompts, trees, rows, grown, columns, visible, cache)
+                latest, visible = self._extend(prompts, trees, rows, new_nodes, columns, visible, cache)
             for place, row in enumerate(rows):
                 states[row].extend(latest[place, : len(fresh[row])])
+        if keep and self._whole(self._batches(prompts, trees, prefix[0])):
+            with torch.enable_grad():
+                return grown(trees)
         return [torch.stack(s) for s in states]
 
     def _extend(self, prompts, trees, rows, grown, columns, visible, cache):

@@ -401,15 +401,24 @@ def test_a_forward_that_is_kept_has_the_gradients_of_a_second_one(kind, case, to
             yield from ((weights[i], state) for i, state in zip(rows, batch))
 
     expected = gradients(second())
-    assert error(gradients(zip(weights, states)), expected) < 1e-4
-    assert error(gradients(zip(weights, engine.states(prompts, trees, keep=True))), expected) < 1e-4
-    # It is kept only where one pass is enough, and only if it is asked for.
-    engine.tokens_per_micro_batch = 1
-    asked = engine.generate(prompts, stop, 5, **draws, generator=seed(), keep=True)[2] + engine.states(
-        prompts, trees, keep=True
-    )
-    assert all(state.requires_grad == (case == "one row") for state in asked)
+    kept = engine.states(prompts, trees, keep=True)
+    assert error(gradients(zip(weights, kept)), expected) < 1e-4
+    packed = engine.packed and not engine.plain  # rows that grow padded would hold their keys in every step anew
+    if packed:
+        assert error(gradients(zip(weights, states)), expected) < 1e-4
+    for state, other in zip(states, kept):
+        assert state.requires_grad == packed and error(state, other) < 1e-4
+    # It is kept only where one pass is enough, of the prompts and of what they have grown to, and only if asked for.
     assert not any(state.requires_grad for state in without)
+    length = 0 if engine.plain else common_prefix(prompts)
+    everything = sum(len(p) - length + len(tree) for p, tree in zip(prompts, trees))
+    for budget in (1, everything - 1, everything):
+        engine.tokens_per_micro_batch = budget
+        grown = engine.generate(prompts, stop, 5, **draws, generator=seed(), keep=True)[2]
+        fits = case == "one row" or budget == everything
+        assert all(state.requires_grad == (packed and fits) for state in grown)
+        if engine.packed:
+            assert all(state.requires_grad == fits for state in engine.states(prompts, trees, keep=True))
 
 
 def answers_of(engine, prompts, **settings) -> list[list[list[int]]]:
