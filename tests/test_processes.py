@@ -163,11 +163,17 @@ def test_a_run_goes_on_with_cut_up_weights(model_folder, data_root, tmp_path):
     shutil.rmtree(tmp_path / "cut" / "step-4")
     (tmp_path / "cut" / "summary.json").unlink()
     launch(2, "ppo.py", "--resume", str(tmp_path / "cut"), by="fsdp")
-    assert figures(tmp_path / "cut") == figures(tmp_path / "straight")
+    # Cut up weights take the prefix through the network apart: the same numbers but for rounding.
+    found, expected = figures(tmp_path / "cut"), figures(tmp_path / "straight")
+    assert len(found) == len(expected)
+    for line, other in zip(found, expected):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
     weights, others = (
         load_file(tmp_path / run / "step-4" / "adapter_model.safetensors") for run in ("straight", "cut")
     )
-    assert all(bool((weights[name] == others[name]).all()) for name in weights)
+    assert weights.keys() == others.keys()
+    for name in weights:
+        assert float((weights[name] - others[name]).norm()) < 1e-3 * float(others[name].norm())
 
 
 @pytest.mark.parametrize("by", ["fsdp", "zero3"])
