@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.ours_ppo --inputs FILE -- --max_steps 3 --batch_sentence_num 16
 
 What follows `--` goes to ppo.py. A step's seconds are those of rollout, updates and optimizer. `--matrix_rate` also
-counts the step's operations and measures the machine's matrix rate.
+counts the step's operations and measures the machine's matrix rate. `--compiled`: see compiled.py.
 """
 
 from benchmarks import common  # first: its clock starts here  # isort: skip
@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 import ppo
 import tracking
+from benchmarks.compiled import compile_elementwise
 from benchmarks.operations import llama, training_operations
 from engine import common_prefix
 
@@ -78,10 +79,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", default="", help="check that these rows are taken")
     parser.add_argument("--matrix_rate", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--until", type=float, default=2.0, help="stop at this held-out accuracy")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
     arguments = parser.parse_args(own)
     inputs = common.read_inputs(arguments.inputs) if arguments.inputs else None
+    if arguments.compiled:
+        compile_elementwise()
     callback = ClockCallback(inputs, arguments.until, arguments.time_limit)
 
     class Clocked(ppo.PPOTrainer):

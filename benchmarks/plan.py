@@ -31,23 +31,26 @@ class Plan:
     growing_batches: tuple[int, ...] = (8, 16, 32, 64, 128)
     prompt_lengths: tuple[int, ...] = (128, 256, 512, 1024)
     growing_shots: tuple[int, ...] = (0, 1, 4, 16)
+    growing_rows: int = 400  # scored with them
     shots: tuple[int, ...] = (0, 16)
     rows: int = 400  # scored without demonstrations
     rows_with_shots: int = 64
     harness_batches: tuple[int, ...] = (1, 16, 64)
     harness_batches_with_shots: tuple[int, ...] = (1, 4)
     accuracy_rows: int = 4096
-    accuracy_batch: int = 32
-    accuracy_steps: int = 200  # at most, of TRL
-    eval_steps: int = 2
+    # TRL's in benchmark e. An evaluation takes it as long as two of these steps.
+    accuracy_batch: int = 16
+    accuracy_epochs: int = 1
+    accuracy_steps: int = 200  # at most
+    eval_steps: int = 8
     held_out: int = 400
-    ours_to_accuracy: tuple[str, ...] = ("--eval_steps", "8")  # of 8 rows, where TRL's have 32
+    ours_to_accuracy: tuple[str, ...] = ()
 
 
 # Hardly any work, but every kind of it.
 QUICK = dict(
     repeats=1, steps=2, batches=(2,), ppo_epochs=(1,), micro_batch=1, growing_batches=(2, 4), prompt_lengths=(128, 192),
-    growing_shots=(0, 1), shots=(0, 1), rows=4, rows_with_shots=4, harness_batches=(2,),
+    growing_shots=(0, 1), shots=(0, 1), rows=4, rows_with_shots=4, growing_rows=4, harness_batches=(2,),
     harness_batches_with_shots=(2,),
     accuracy_rows=16, accuracy_batch=2, accuracy_steps=1, eval_steps=1, held_out=4,
     ours_to_accuracy=("--max_steps", "1", "--batch_sentence_num", "2"),
@@ -169,9 +172,9 @@ def growth_jobs(plan: Plan) -> Iterator[Job]:
         conditions = {"batch": batch, "prompt_tokens_about": tokens}
         yield Job("d", report.DEFAULT, conditions, seed, joined, command, prepare)
     for shots in plan.growing_shots:
-        folder, prepare = scoring_inputs(shots, plan.rows_with_shots)
+        folder, prepare = scoring_inputs(shots, plan.growing_rows)
         command = ours("ours_score", "--prompts", f"{folder}/own.jsonl", "--choices", CHOICES["own"])
-        conditions = {"rows": plan.rows_with_shots, "shots": shots}
+        conditions = {"rows": plan.growing_rows, "shots": shots}
         yield Job("d", report.SCORING, conditions, 0, "MR, held-out rows", command, (prepare,))
 
 
@@ -184,14 +187,15 @@ def accuracy_jobs(plan: Plan) -> Iterator[Job]:
         command = ours("ours_ppo", "--inputs", inputs, *until, "--", "--seed", str(seed), "--eval_steps")
         command += (str(plan.eval_steps), "--eval_size", str(plan.held_out), *plan.ours_to_accuracy)
         where = dict(benchmark="e", seed=seed, data=data, prepare=(prepare,))
-        yield Job(program=report.DEFAULT, conditions={"learning_rate": "default"}, command=command, **where)
+        conditions = dict.fromkeys(("learning_rate", "batch", "ppo_epochs"), "default")
+        yield Job(program=report.DEFAULT, conditions=conditions, command=command, **where)
         for name, (environment, script) in TRL.items() if seed == plan.seeds[0] else ():
             for rate in plan.learning_rates:
                 command = (f"benchmarks/{script}", "--inputs", inputs, *until, "--seed", str(seed))
                 command += ("--time_limit", str(plan.time_limit), "--learning_rate", rate)
-                command += ("--batch", str(plan.accuracy_batch), "--steps", str(plan.accuracy_steps))
-                command += ("--eval_steps", str(plan.eval_steps))
-                conditions = {"learning_rate": rate}
+                command += ("--batch", str(plan.accuracy_batch), "--ppo_epochs", str(plan.accuracy_epochs))
+                command += ("--steps", str(plan.accuracy_steps), "--eval_steps", str(plan.eval_steps))
+                conditions = {"learning_rate": rate, "batch": plan.accuracy_batch, "ppo_epochs": plan.accuracy_epochs}
                 yield Job(program=name, conditions=conditions, command=command, environment=environment, **where)
 
 

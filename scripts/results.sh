@@ -26,10 +26,11 @@ methods=("$@")
 boolq=data/SuperGLUE/BoolQ
 part="$out/data/BoolQ"
 if [ ! -e "$boolq/train.jsonl" ] && [ -e "$boolq/val.jsonl" ] && [ ! -e "$part/val.jsonl" ]; then
-    mkdir -p "$part"
-    head -n -400 "$boolq/val.jsonl" > "$part/train.jsonl"
-    tail -n 400 "$boolq/val.jsonl" > "$part/.val.jsonl"
-    mv "$part/.val.jsonl" "$part/val.jsonl"
+    mkdir -p "$part"                           # each process its own files first: several may run beside one another
+    head -n -400 "$boolq/val.jsonl" > "$part/.train-$$"
+    tail -n 400 "$boolq/val.jsonl" > "$part/.val-$$"
+    mv "$part/.train-$$" "$part/train.jsonl"
+    mv "$part/.val-$$" "$part/val.jsonl"
 fi
 
 failed=0
