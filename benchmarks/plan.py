@@ -25,9 +25,10 @@ class Plan:
     steps: int  # of PPO, the first one to warm up
     learning_rates: tuple[str, ...]  # of TRL, in benchmark e
     time_limit: int  # seconds for each run of TRL in benchmark e
-    batches: tuple[int, ...] = (16, 32)
+    batches: tuple[int, ...] = (16,)
     ppo_epochs: tuple[int, ...] = (1, 4)
     micro_batch: int = 4
+    share_batches: tuple[int, ...] = (16, 32)
     growing_batches: tuple[int, ...] = (8, 16, 32, 64, 128)
     prompt_lengths: tuple[int, ...] = (128, 256, 512, 1024)
     growing_shots: tuple[int, ...] = (0, 1, 4, 16)
@@ -49,9 +50,9 @@ class Plan:
 
 # Hardly any work, but every kind of it.
 QUICK = dict(
-    repeats=1, steps=2, batches=(2,), ppo_epochs=(1,), micro_batch=1, growing_batches=(2, 4), prompt_lengths=(128, 192),
-    growing_shots=(0, 1), shots=(0, 1), rows=4, rows_with_shots=4, growing_rows=4, harness_batches=(2,),
-    harness_batches_with_shots=(2,),
+    repeats=1, steps=2, batches=(2,), ppo_epochs=(1,), micro_batch=1, share_batches=(2,), growing_batches=(2, 4),
+    prompt_lengths=(128, 192), growing_shots=(0, 1), growing_rows=4, shots=(0, 1), rows=4, rows_with_shots=4,
+    harness_batches=(2,), harness_batches_with_shots=(2,),
     accuracy_rows=16, accuracy_batch=2, accuracy_steps=1, eval_steps=1, held_out=4,
     ours_to_accuracy=("--max_steps", "1", "--batch_sentence_num", "2"),
 )  # fmt: skip
@@ -147,8 +148,8 @@ def scoring_jobs(plan: Plan) -> Iterator[Job]:
 def share_jobs(plan: Plan) -> Iterator[Job]:
     """c: operations per second in training against torch.mm's."""
     seed = plan.seeds[0]
-    inputs, prepare = training_inputs(seed, plan.steps * max(plan.batches))
-    for batch in plan.batches:
+    inputs, prepare = training_inputs(seed, plan.steps * max(plan.share_batches))
+    for batch in plan.share_batches:
         command = ours("ours_ppo", "--inputs", inputs, "--matrix_rate", "--", "--seed", str(seed), "--eval_size", "2")
         command += ("--max_steps", str(plan.steps), "--batch_sentence_num", str(batch))
         data = f"MR, {plan.steps - 1} measured steps after one to warm up"
