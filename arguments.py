@@ -63,6 +63,9 @@ class Arguments:
     answer_space: str = field(
         default="", metadata={"help": "labels: only the task's labels; free: any token; default labels"}
     )
+    tokens_per_micro_batch: int | None = field(
+        default=None, metadata={"help": "tokens that go through the network at once; default by free memory"}
+    )
     eval_size: int = field(default=400, metadata={"help": "held-out rows to evaluate on; 0: all"})
     output_dir: str = field(default="", metadata={"help": "the run's folder; default a new one below model/"})
     seed: int = field(default=0, metadata={"help": "of the data's order, the sampling and the adapter's start"})
@@ -160,7 +163,7 @@ def _check(arguments: Arguments) -> None:
             continue  # decided later, by the script
         if not isinstance(value, right) or (f.type is not bool and isinstance(value, bool)):
             raise ArgumentError(f"--{f.name} {value!r} must be of type {f.type.__name__}")
-    positive = ("batch_sentence_num", "model_temperature", "max_prompt_length")
+    positive = ("batch_sentence_num", "model_temperature", "max_prompt_length", "tokens_per_micro_batch")
     for name in positive:
         value = getattr(arguments, name)
         if value is not None and not value > 0:  # None: decided later, by the script

@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -76,6 +76,16 @@ class PackedLayer(DynamicLayer):
         return tuple(x[0][:, places].transpose(0, 1) for x in (self.keys, self.values))
 
 
+def window(config: PretrainedConfig) -> int | None:
+    """How many of the last tokens some layer sees; None if all layers see all tokens."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if "chunked_attention" in kinds:
+        return config.attention_chunk_size
+    # Configurations without a list of layers may have a window for all of them, and may have it switched off.
+    in_use = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", None) is not False
+    return getattr(config, "sliding_window", None) if in_use else None
+
+
 def fits(model: PreTrainedModel) -> bool:
     """Whether this can be done for the model: float32 on a CPU, attention by transformers' exchangeable functions, and
     every token sees all before it."""
@@ -86,7 +96,7 @@ def fits(model: PreTrainedModel) -> bool:
         and getattr(model, "_supports_attention_backend", False)
         and config._attn_implementation == "sdpa"
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and (not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False)
+        and not window(config)
         and not getattr(config, "attn_logit_softcapping", None)
     )
 

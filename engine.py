@@ -73,6 +73,19 @@ def micro_batches(lengths: list[int], budget: int, packed: bool = False) -> list
     return batches
 
 
+def grouped(states: list[torch.Tensor], most: int = 128) -> Iterator[range]:
+    """Prompts whose states (nodes, hidden) meet the vocabulary at once, at most so many nodes (at least one prompt):
+    its weights, the largest matrix of a small model, are read once for all of them."""
+    start = nodes = 0
+    for i, state in enumerate(states):
+        if nodes and nodes + len(state) > most:
+            yield range(start, i)
+            start, nodes = i, 0
+        nodes += len(state)
+    if nodes:
+        yield range(start, len(states))
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed (it does nothing elsewhere).
 
@@ -107,7 +120,9 @@ class Engine:
         self.apart_from = attention.SHORTEST if self.packed else None  # tokens of a prefix
         self.plain = False  # set by check() for a model that the shared prefix does not fit
         self.tokens_computed = 0
-        self._reference_prefix: tuple[tuple[int, ...], list] | None = None
+        self.frozen = False  # nobody changes the weights as long as this engine lives
+        self.shared_length: int | None = None  # tokens that all prompts there will be begin with, where that is known
+        self._lasting_prefix: tuple[tuple[int, ...], list] = (), []  # of the frozen or the reference model
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +170,7 @@ class Engine:
 
     def _states(self, prompts, trees, reference: bool, keep: bool) -> list[torch.Tensor]:
         result: list = [None] * len(prompts)
-        length = self._prefix_length(prompts)
+        length = self._prefix_length(prompts, reference)
         batches = self._batches(prompts, trees, length)
         whole = self._whole(batches)
         with (
@@ -214,8 +229,12 @@ class Engine:
         lengths = [len(p) - prefix_length + len(t) for p, t in zip(prompts, trees)]
         return micro_batches(lengths, self.tokens_per_micro_batch, self.packed and not self.plain)
 
-    def _prefix_length(self, prompts: list[list[int]]) -> int:
-        return 0 if self.plain else common_prefix(prompts)
+    def _prefix_length(self, prompts: list[list[int]], reference: bool = False) -> int:
+        """How many tokens of these prompts go through the network apart. Where that lasts for the whole run it is what
+        all prompts share, not what a few have in common by chance."""
+        length = 0 if self.plain else common_prefix(prompts)
+        lasts = (reference or self.frozen) and self.shared_length is not None
+        return min(length, self.shared_length) if lasts else length
 
     def _whole(self, batches: list[list[int]]) -> bool:
         """Whether one pass through the network is enough for all rows."""
@@ -227,20 +246,20 @@ class Engine:
         The list is empty if these tokens had better go through the network in front of the rows: where the rows need
         only one pass (`whole`) and can lie behind one another, so few tokens are not worth a pass of their own.
         """
-        length = self._prefix_length(prompts)
-        if whole and self.packed and not reference:
+        length, lasts = self._prefix_length(prompts, reference), reference or self.frozen
+        if whole and self.packed and not lasts:
             return length, []
         ids = tuple(prompts[0][:length]) if length else ()
-        known, pairs = self._reference_prefix if reference and self._reference_prefix else ((), [])
-        # The reference never changes: any longer prefix that was computed before begins with this one.
+        known, pairs = self._lasting_prefix if lasts else ((), [])
+        # Any longer prefix that was computed before begins with this one.
         missing = known[:length] != ids
         if self._anyone(missing) and not missing:
             self._idle()
         if not missing:
             return length, [(k[:, :, :length], v[:, :, :length]) for k, v in pairs] if length else []
         pairs, _ = self._run_prefix(list(ids))
-        if reference:
-            self._reference_prefix = (ids, pairs)
+        if lasts:
+            self._lasting_prefix = (ids, pairs)
         return length, pairs
 
     def _run_prefix(self, ids: list[int]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
@@ -683,9 +702,10 @@ class Engine:
             yield
 
     @torch.no_grad()
-    def check(self, tolerance: float = 1e-3) -> str | None:
+    def check(self, longest: int = 0, tolerance: float = 1e-3) -> str | None:
         """Compare with the plain forward on a small example; on a mismatch fall back to it and return why.
 
+        longest: tokens of a prompt and its answer at most. An example is too short to show what a window leaves out.
         Raises ModelError for a model whose logits are not its output layer applied to its last hidden state.
         """
         n = min(self.head.weight.shape[0], 1000)
@@ -700,12 +720,15 @@ class Engine:
                 "choose another --train_model_name"
             )
         usual, reason = (self.packed, self.apart_from), None
+        window = attention.window(self.causal_lm.config.get_text_config())
+        if window and longest > window:
+            reason = f"it attends to the last {window} tokens, and there may be {longest}"
         for self.packed, self.apart_from in ((False, None), (False, 1), (True, 1)) if usual[0] else ((False, None),):
             try:
                 shared = torch.stack(self.states(prompts, [tree, tree])).float()
                 error = float((shared - plain).norm() / plain.norm())
                 reason = reason or (f"relative error {error:.1e}" if not error < loose else None)
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as problem:
+            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as problem:
                 reason = reason or f"{type(problem).__name__}: {problem}".splitlines()[0]
         self.packed, self.apart_from = usual
         self.plain = reason is not None
@@ -721,18 +744,34 @@ def training_tokens(model: nn.Module, keeps: bool = False) -> int:
     """How many tokens of this model may go through the network at once in training: what half the free memory holds.
 
     A token keeps at most 32 hidden and 12 feed-forward vectors a layer (SmolLM2-135M-Instruct with LoRA on all linear
-    layers: half of that on a CPU). Rounded down to a power of two, so that the same machine gives the same
-    micro-batches. On a CPU more than 512 tokens only cost memory, but where the forward of a rollout is kept (`keeps`)
-    a rollout of up to 2,048 tokens saves its second one; on a card more than 16,384 gain nothing.
+    layers: half of that on a CPU). On a CPU more than 512 tokens only cost memory, but where the forward of a rollout
+    is kept (`keeps`) a rollout of up to 2,048 tokens saves its second one; on a card more than 16,384 gain nothing.
     """
-    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    per_token = config.num_hidden_layers * (32 * hidden + 12 * inner) * weight.element_size()
+    hidden, inner, layers = _sizes(model)
+    return _fitting_tokens(model, layers * (32 * hidden + 12 * inner), 16384, 2048 if keeps else 512)
+
+
+def asking_tokens(model: nn.Module) -> int:
+    """The same without gradients: a token keeps its keys and values, and what is computed in one layer at a time."""
+    hidden, inner, layers = _sizes(model)
+    return _fitting_tokens(model, 2 * layers * hidden + 32 * hidden + 12 * inner, 8192, 2048)
+
+
+def _sizes(model: nn.Module) -> tuple[int, int, int]:
+    """Hidden size, size of the feed-forward layer, and number of layers."""
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return config.hidden_size, inner, config.num_hidden_layers
+
+
+def _fitting_tokens(model: nn.Module, numbers: int, most_on_card: int, most_on_cpu: int) -> int:
+    """Tokens of so many numbers each; rounded down to a power of two, so that the same machine gives the same
+    micro-batches."""
+    weight = model.get_input_embeddings().weight
     cuda = weight.device.type == "cuda"
     free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
-    fits = min(max(free // 2 // per_token, SMALLEST_BUDGET), 16384 if cuda else 2048 if keeps else 512)
-    return 1 << (int(fits).bit_length() - 1)
+    fits = free // 2 // (numbers * weight.element_size())
+    return 1 << (int(min(max(fits, SMALLEST_BUDGET), most_on_card if cuda else most_on_cpu)).bit_length() - 1)
 
 
 def _branches(tree: Tree, prompt: int) -> torch.Tensor | None:

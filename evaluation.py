@@ -12,7 +12,7 @@ import prompts
 import rewards
 import sharding
 from arguments import Arguments
-from engine import TOKENS_PER_MICRO_BATCH, Engine
+from engine import Engine, asking_tokens, grouped
 from models import ModelError
 from tasks import Task
 from trees import Answer, LabelTrie, row_seeds
@@ -38,7 +38,7 @@ def load_model(name: str, tokenizer, arguments: Arguments) -> tuple[PreTrainedMo
     model = models.load_model(name, *how, trust_remote_code=arguments.trust_remote_code)
     check_length(model, name, arguments.max_prompt_length + arguments.max_response_length)
     try:
-        problem = Engine(model, tokenizer).check()
+        problem = Engine(model, tokenizer).check(arguments.max_prompt_length + arguments.max_response_length)
         sharding.cut(model)
     except ValueError as error:
         raise ModelError(f"--train_model_name {name}: {error}") from error
@@ -51,8 +51,8 @@ def load_engine(name: str, arguments: Arguments) -> Engine:
     """The engine of a model that is only asked. Raises ModelError."""
     tokenizer = models.load_tokenizer(name, arguments.from_local, arguments.trust_remote_code)
     model, problem = load_model(name, tokenizer, arguments)
-    engine = Engine(model, tokenizer, TOKENS_PER_MICRO_BATCH * (8 if models.device().type == "cuda" else 1))
-    engine.plain = problem is not None
+    engine = Engine(model, tokenizer, arguments.tokens_per_micro_batch or asking_tokens(model))
+    engine.plain, engine.frozen = problem is not None, True
     return engine
 
 
@@ -210,12 +210,12 @@ def _most_likely(engine: Engine, task: Task, trie: LabelTrie, prompts: list[list
     """The label whose spelling has the highest sum of log-probabilities over the whole vocabulary."""
     tree, steps = trie.full_tree()
     predictions = []
-    for states in engine.states(prompts, [tree] * len(prompts)):
-        log_probs = torch.log_softmax(engine.logits(states), dim=-1)
-        totals = torch.stack([sum(log_probs[node, token] for node, token in path) for path in steps])
-        label = int(totals.argmax())
-        yes = float(torch.softmax(totals, -1)[-1])
-        predictions.append(Prediction(task.words[label], label_of(task, label), yes))
+    states = engine.states(prompts, [tree] * len(prompts))
+    for group in grouped(states):
+        log_probs = torch.log_softmax(engine.logits(torch.stack([states[i] for i in group])), dim=-1)
+        totals = torch.stack([sum(log_probs[:, node, token] for node, token in path) for path in steps], dim=-1)
+        for label, chances in zip(totals.argmax(-1).tolist(), torch.softmax(totals, -1).tolist()):
+            predictions.append(Prediction(task.words[label], label_of(task, label), chances[-1]))
     return predictions
 
 

@@ -82,9 +82,6 @@ class PPOArguments(Arguments):
     reward_invalid: float = field(default=-3.0, metadata={"help": "reward of an answer that does not parse"})
     reward_number: float = field(default=2.5, metadata={"help": "STS-B: reward of an exact number; less the distance"})
     strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
-    tokens_per_micro_batch: int | None = field(
-        default=None, metadata={"help": "tokens that go through the network at once; default by free memory"}
-    )
 
 
 def check(arguments: PPOArguments, task: Task) -> None:
@@ -108,7 +105,7 @@ def check(arguments: PPOArguments, task: Task) -> None:
             setattr(arguments, name, value)
     one_of("save_methods", arguments.save_methods, ("step", "epoch"))
     for name in ("learning_rate", "value_learning_rate", "clip_range", "repeat_time", "save_freq", "checkpoint_rate",
-                 "ppo_epochs", "num_minibatches", "tokens_per_micro_batch"):  # fmt: skip
+                 "ppo_epochs", "num_minibatches"):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")

@@ -9,7 +9,7 @@ actions in place of a sample, Asadi et al. 2017 (https://arxiv.org/abs/1709.0050
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 import processes
 from checkpoints import RunTrainer, TrainingError
-from engine import Engine
+from engine import Engine, common_prefix, grouped
 from objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
 from trees import MASKED, Answer, LabelTrie, Tree, row_seeds
 
@@ -68,7 +68,7 @@ class Rollout:
 
     prompts: list[list[int]]
     trees: list[Tree]
-    prompt: torch.Tensor  # (actions,) the prompt's number
+    prompt: torch.Tensor  # (actions,) the prompt's number; this and the next always on the CPU
     node: torch.Tensor  # (actions,) the node at which the action was chosen
     column: torch.Tensor  # (actions,) the token, as a column of the answer space
     log_probs: torch.Tensor  # (actions,) under the policy that chose it
@@ -186,6 +186,7 @@ class PPOTrainer(RunTrainer, Trainer):
         )
         self.evaluation = compute_metrics
         self.engine = Engine(model, processing_class, args.tokens_per_micro_batch)
+        self.engine.shared_length = common_prefix([self._prompt_ids(row) for row in train_dataset])
         words = [processing_class(word, add_special_tokens=False).input_ids for word in self.label_words]
         self.first_tokens = sorted({ids[0] for ids in words})
         self.trie = None
@@ -196,14 +197,20 @@ class PPOTrainer(RunTrainer, Trainer):
 
     # ---------------------------------------------------------------------------------------------------- the policy
 
-    def log_distribution(self, states: torch.Tensor, tree: Tree, nodes: list[int]) -> torch.Tensor:
-        """(n, hidden) states of n nodes of a tree -> (n, columns) log-probabilities of the answer space.
+    def log_distributions(self, states: list[torch.Tensor], trees: list[Tree]) -> Iterator[torch.Tensor]:
+        """Per prompt its states (nodes, hidden) -> (nodes, columns) log-probabilities of the answer space."""
+        for group in grouped(states):
+            nodes = [(i, node) for i in group for node in range(len(states[i]))]
+            allowed = [trees[i].allowed.get(node) for i, node in nodes]
+            flat = torch.cat([states[i] for i in group])
+            log_probs = self._log_softmax(flat, allowed, [node for _, node in nodes])
+            yield from log_probs.split([len(states[i]) for i in group])
+
+    def _log_softmax(self, states: torch.Tensor, allowed: list[list[int] | None], nodes) -> torch.Tensor:
+        """(n, hidden) states of n nodes, and what each allows -> (n, columns) log-probabilities of the answer space.
 
         One distribution for sampling, old, new and reference log-probabilities: same temperature, same mask.
         """
-        return self._log_softmax(states, [tree.allowed.get(node) for node in nodes], nodes)
-
-    def _log_softmax(self, states: torch.Tensor, allowed: list[list[int] | None], nodes) -> torch.Tensor:
         if self.trie is not None and not self.args.use_CoT:
             logits = self.engine.logits(states, self.trie.vocabulary) / self.args.temperature
             return torch.log_softmax(logits + self.trie.mask.to(logits.device)[nodes], dim=-1)
@@ -435,12 +442,13 @@ class PPOTrainer(RunTrainer, Trainer):
                 batches = self.engine.training_batches([prompts[i] for i in mine], [rollout.trees[i] for i in mine])
             for places, states in batches:
                 actions = [(place, a) for place, p in enumerate(places) for a in by_prompt[mine[p]]]
-                index = torch.tensor([a for _, a in actions], device=args.device)
-                place = torch.tensor([p for p, _ in actions], device=args.device)
+                index, place = (torch.tensor(numbers) for numbers in zip(*((a, p) for p, a in actions)))
                 # Samples that agree so far share a state: its distribution is computed once.
                 pairs, line = torch.unique(torch.stack([place, rollout.node[index]]), dim=1, return_inverse=True)
-                at_node = states[pairs[0], pairs[1]]  # (states, hidden)
                 allowed = [rollout.trees[mine[places[p]]].allowed.get(n) for p, n in pairs.T.tolist()]
+                # All of that is worked out on the CPU, so that it need not wait for a card.
+                index, line, pairs = (x.to(args.device) for x in (index, line, pairs))
+                at_node = states[pairs[0], pairs[1]]  # (states, hidden)
                 log_probs = self._log_softmax(at_node, allowed, pairs[1])  # (states, columns)
                 new = log_probs[line, rollout.column[index]]  # (actions,)
                 values = self.values(at_node)[line]
@@ -497,9 +505,8 @@ class PPOTrainer(RunTrainer, Trainer):
         node = torch.tensor([n for _, answer in flat for n in answer.nodes])
         column = torch.tensor([column_of[t] if column_of else t for _, answer in flat for t in answer.tokens])
         old, values = [], []
-        for p, group in enumerate(answers):
-            log_probs = self.log_distribution(states[p], trees[p], list(range(len(states[p]))))
-            value = self.values(states[p])
+        for group, state, log_probs in zip(answers, states, self.log_distributions(states, trees)):
+            value = self.values(state)
             for answer in group:
                 tokens = [column_of[t] if column_of else t for t in answer.tokens]
                 old.append(log_probs[answer.nodes, tokens])
@@ -534,8 +541,8 @@ class PPOTrainer(RunTrainer, Trainer):
         self._log_rollout(rows, prompts, flat, scores, kl, equal)
         device = args.device
         return Rollout(
-            prompts, trees, prompt.to(device), node.to(device), column.to(device), old.to(device), values.to(device),
-            advantages.to(device), returns.to(device), states if all(s.requires_grad for s in states) else None,
+            prompts, trees, prompt, node, column.to(device), old.to(device), values.to(device), advantages.to(device),
+            returns.to(device), states if all(s.requires_grad for s in states) else None,
         )  # fmt: skip
 
     def _whiten(self, advantages: torch.Tensor) -> torch.Tensor:
@@ -586,9 +593,8 @@ class PPOTrainer(RunTrainer, Trainer):
         measured = self._measured(len(prompts))
         kl = torch.zeros_like(old)
         states = self.engine.states(prompts[:measured], trees[:measured], reference=True)
-        for p, state in enumerate(states):
+        for p, log_probs in enumerate(self.log_distributions(states, trees)):
             mine = (prompt == p).nonzero()[:, 0]
-            log_probs = self.log_distribution(state, trees[p], list(range(len(state))))
             kl[mine] = old[mine] - log_probs[node[mine], column[mine]]
         measures = processes.together([(float(kl.sum()), int((prompt < measured).sum()))])
         total, actions = (sum(numbers) for numbers in zip(*measures))

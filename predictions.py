@@ -19,7 +19,7 @@ import prompts
 import rewards
 import splits
 from arguments import ArgumentError
-from engine import Engine
+from engine import Engine, common_prefix
 from evaluation import Prediction
 from tasks import Task
 
@@ -63,6 +63,7 @@ def answer(
     if len(known) < len(rows):
         known = known[: len(known) // batch * batch]
     answers = [prediction for prediction, _ in known]
+    engine.shared_length = common_prefix(packed)
     main = processes.is_main()
     shown = dict(unit="row", desc=task.name, dynamic_ncols=True, disable=not main)
     with (

@@ -227,6 +227,7 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
         bf16=cuda,
         activation_checkpointing=cuda and not shared,  # room for long prompts
         shared_prefix=shared,
+        tokens_per_micro_batch=arguments.tokens_per_micro_batch,
         loss_type="chunked_nll",  # logits only where there is a loss
         max_length=None,  # the prompts are already short enough, and the answer stands at the end
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -26,6 +26,7 @@ class RunConfig(SFTConfig):
     save_methods: str = field(default="step", metadata={"help": "step or epoch"})
     epoch_offset: int = field(default=0, metadata={"help": "number of the first epoch"})
     shared_prefix: bool = field(default=False, metadata={"help": "rows are a prompt without loss, then an answer"})
+    tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "of the engine; None: by free memory"})
 
 
 class Finetuner(RunTrainer, SFTTrainer):
@@ -34,7 +35,8 @@ class Finetuner(RunTrainer, SFTTrainer):
     def __init__(self, *args, evaluate_with, on_save, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluation, self.on_save = evaluate_with, on_save
-        self.engine = Engine(self.model, self.processing_class, training_tokens(self.model))
+        tokens = self.args.tokens_per_micro_batch or training_tokens(self.model)
+        self.engine = Engine(self.model, self.processing_class, tokens)
         self.episodes: list[dict] = []  # of the last evaluation
         self.started = 0.0
 

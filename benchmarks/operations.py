@@ -3,7 +3,8 @@
 Counted, as multiplications and additions of matrix products in float32, for every pass (PPO epoch) over a batch:
 
     T        tokens: the shared prefix once, and every prompt's own tokens; no padding
-    P, L     parameters of the linear layers of all blocks, and of their LoRA parts, r * (inputs + outputs) each
+    P, L     parameters of the linear layers of all blocks, and of their LoRA parts, r * (inputs + outputs) each; those
+             of the last block's feed-forward layer count for the tokens before an answer only, one per prompt
     pairs    (query, key) pairs that causal attention looks at: of the prefix p (p + 1) / 2 once, of a prompt with n own
              tokens n p + n (n + 1) / 2
 
@@ -15,7 +16,7 @@ Counted, as multiplications and additions of matrix products in float32, for eve
 
 Not counted: embeddings, norms, activations, softmax, the optimizer, and the reference's forward on a few prompts, which
 is only logged. A little is counted that could be left out: the first layer's gradients of its input, and the last
-layer's states before the answer (about 3% together for a model of 30 layers). Labels are taken to be one token long,
+layer's queries before the answer (about 1% together for a model of 30 layers). Labels are taken to be one token long,
 so that an answer adds no token to its prompt.
 """
 
@@ -24,21 +25,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Network:
-    """The sizes that matter. linears: (inputs, outputs) of every linear layer of one block."""
+    """The sizes that matter. linears: (inputs, outputs) of every linear layer of one block, its feed-forward layer's
+    at the end."""
 
     layers: int
     hidden: int
     query: int
     linears: tuple[tuple[int, int], ...]
+    feed_forward: int  # how many of them are the feed-forward layer's
     rank: int
 
-    @property
-    def parameters(self) -> int:
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
+    def uses(self, sizes: list[int], tokens: int, read: int) -> int:
+        """How often the parameters of linear layers, so many in each of a block's, are used by so many tokens, of which
+        some are read."""
+        end = sum(sizes[-self.feed_forward :])
+        return self.layers * sum(sizes) * tokens - end * (tokens - read)
 
-    @property
-    def lora_parameters(self) -> int:
-        return self.layers * sum(self.rank * (inputs + outputs) for inputs, outputs in self.linears)
+    def frozen_uses(self, tokens: int, read: int) -> int:
+        return self.uses([inputs * outputs for inputs, outputs in self.linears], tokens, read)
+
+    def lora_uses(self, tokens: int, read: int) -> int:
+        return self.uses([self.rank * (inputs + outputs) for inputs, outputs in self.linears], tokens, read)
 
 
 def llama(config, rank: int) -> Network:
@@ -48,7 +55,7 @@ def llama(config, rank: int) -> Network:
     query, key = size * config.num_attention_heads, size * config.num_key_value_heads
     linears = ((hidden, query), (hidden, key), (hidden, key), (query, hidden))
     linears += ((hidden, inner), (hidden, inner), (inner, hidden))
-    return Network(config.num_hidden_layers, hidden, query, linears, rank)
+    return Network(config.num_hidden_layers, hidden, query, linears, 3, rank)
 
 
 def training_operations(
@@ -66,8 +73,8 @@ def training_operations(
     tokens = prefix + sum(own)
     pairs = prefix * (prefix + 1) // 2 + sum(n * prefix + n * (n + 1) // 2 for n in own)
     parts = {
-        "blocks": 4 * network.parameters * tokens,
-        "lora": 6 * network.lora_parameters * tokens,
+        "blocks": 4 * network.frozen_uses(tokens, len(lengths)),
+        "lora": 6 * network.lora_uses(tokens, len(lengths)),
         "attention": 12 * network.query * network.layers * pairs,
         "vocabulary": 4 * network.hidden * label_tokens * len(lengths),
     }

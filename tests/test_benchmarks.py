@@ -14,22 +14,23 @@ from benchmarks.common import Clock
 
 
 def test_operations_of_a_hand_computed_step():
-    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), rank=1)
+    network = operations.Network(layers=2, hidden=2, query=2, linears=((2, 3), (2, 5)), feed_forward=1, rank=1)
     # Prompts of 3 and 4 tokens that share 2: 2 + 1 + 2 = 5 tokens, 3 + 3 + 7 = 13 pairs of query and key.
     counted = operations.training_operations(network, [3, 4], prefix=2, label_tokens=2)
     assert counted == {
-        "blocks": 4 * 6 * 5,
-        "lora": 6 * (2 + 3) * 5,
-        "attention": 12 * 2 * 13,
+        # All layers but the last block's feed-forward layer for 5 tokens, that one for the 2 that are read.
+        "blocks": 4 * (6 + 10 + 6) * 5 + 4 * 10 * 2,
+        "lora": 6 * (5 + 7 + 5) * 5 + 6 * 7 * 2,
+        "attention": 12 * 2 * 2 * 13,
         "vocabulary": 2 * 4 * 2 * 2,
-        "total": 120 + 150 + 312 + 32,
+        "total": 520 + 594 + 624 + 32,
     }
     twice = operations.training_operations(network, [3, 4], prefix=2, label_tokens=2, passes=2)
     assert twice == {name: 2 * count for name, count in counted.items()}
 
 
 def test_attention_counts_the_pairs_of_a_causal_mask():
-    network = operations.Network(layers=3, hidden=8, query=8, linears=((8, 8),), rank=2)
+    network = operations.Network(layers=3, hidden=8, query=8, linears=((8, 8),), feed_forward=1, rank=2)
     prefix, lengths = 5, [7, 6, 11]
     pairs = int(torch.ones(prefix, prefix).tril().sum())
     pairs += sum(int(torch.ones(length, length).tril()[prefix:].sum()) for length in lengths)
@@ -41,22 +42,26 @@ def test_the_network_of_a_model_has_the_parameters_that_the_model_has():
     model = tiny_model()
     network = operations.llama(model.config, rank=4)
     linears = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
-    assert network.parameters == sum(linear.weight.numel() for linear in linears)
-    assert network.lora_parameters == sum(4 * sum(linear.weight.shape) for linear in linears)
+    assert network.frozen_uses(1, 1) == sum(linear.weight.numel() for linear in linears)
+    assert network.lora_uses(1, 1) == sum(4 * sum(linear.weight.shape) for linear in linears)
+    inner = [linear for name, linear in model.named_modules() if "layers.1.mlp." in name and linear in linears]
+    assert network.frozen_uses(3, 1) == 3 * network.frozen_uses(1, 1) - 2 * sum(x.weight.numel() for x in inner)
     assert (network.layers, network.hidden) == (2, 32)
 
 
 def test_a_prompt_that_is_all_prefix_is_refused():
-    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), rank=1)
+    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), feed_forward=1, rank=1)
     with pytest.raises(ValueError, match="3 tokens is not longer than the shared prefix of 3"):
         operations.training_operations(network, [5, 3], prefix=3, label_tokens=2)
 
 
 def test_a_batch_of_one_prompt_leaves_a_token_outside_the_prefix():
-    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), rank=1)
+    network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), feed_forward=1, rank=1)
     prompts = [[4, 5, 6]]
     counted = operations.training_operations(network, [3], engine.common_prefix(prompts), label_tokens=2)
-    assert counted["blocks"] == 4 * 6 * 3
+    assert (
+        counted["blocks"] == 4 * 6 * 1
+    )  # one block, whose feed-forward layer is all it has, for the token before the answer
 
 
 # --------------------------------------------------------------------------------------------------------- JSON lines

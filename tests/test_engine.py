@@ -1,5 +1,6 @@
 """The engine against the plain forward of transformers: states, gradients, answers, and the trie of labels."""
 
+import contextlib
 import math
 import random
 from itertools import pairwise
@@ -12,7 +13,7 @@ from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_l
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import attention
-from engine import Engine, common_prefix, micro_batches, training_tokens
+from engine import Engine, asking_tokens, common_prefix, grouped, micro_batches, training_tokens
 from models import ModelError
 from trees import MASKED, Answer, LabelTrie, Tree
 
@@ -106,18 +107,22 @@ def test_states_equal_the_plain_forward(kind, case, tokenizer):
             assert error(engine.logits(state, some), logits[:, some]) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(sliding_window=4, use_sliding_window=True), dict(attn_implementation="eager")]
-)
-def test_rows_are_packed_only_where_every_token_sees_all_before_it(changes, tokenizer):
+WINDOW = dict(sliding_window=16, use_sliding_window=True, max_window_layers=0)
+
+
+def test_rows_are_packed_only_where_every_token_sees_all_before_it(tokenizer):
     model = tiny_model("qwen2")
     assert Engine(model, tokenizer).packed
-    implementation = changes.pop("attn_implementation", None)
-    if implementation:
-        model.set_attn_implementation(implementation)
-    for name, value in changes.items():
-        setattr(model.config, name, value)
+    model.set_attn_implementation("eager")
     assert not Engine(model, tokenizer).packed
+    assert not Engine(tiny_model("qwen2", **WINDOW), tokenizer).packed
+
+
+def test_a_prompt_that_may_be_longer_than_the_window_takes_the_plain_forward(tokenizer):
+    engine = Engine(tiny_model("qwen2", **WINDOW), tokenizer)
+    assert engine.check(16) is None and not engine.plain
+    assert "last 16 tokens" in engine.check(17) and engine.plain
+    assert Engine(tiny_model("qwen2"), tokenizer).check(100) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,6 +217,10 @@ def test_the_budget_follows_free_memory(monkeypatch):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert training_tokens(model) == tokens_that_fit
         assert training_tokens(model, keeps=True) == (2048 if tokens_that_fit == 512 else tokens_that_fit)
+    # Without gradients one layer's numbers, and keys and values of both: (1,792 + 2 x 2 x 32) x 4 bytes.
+    for free, tokens_that_fit in ((2 * 7_680 * 100, 64), (2 * 7_680 * 128, 128), (2**40, 2048), (0, 16)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert asking_tokens(model) == tokens_that_fit
 
 
 def test_full_weights_get_the_same_gradients_too(tokenizer):
@@ -304,6 +313,31 @@ def test_the_reference_is_the_model_without_its_adapter(tokenizer):
     # And the policy has not been mixed up with it.
     for state, logits in zip(engine.states(prompts, trees), plain_logits(model, prompts, trees)):
         assert error(engine.logits(state), logits) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["reference", "frozen"])
+def test_what_all_prompts_share_is_computed_once_per_run(kind, tokenizer):
+    model, prompts = with_lora(tiny_model()), [*PROMPTS["prefix"], PREFIX + tokens("w5 w6")]
+    engine = Engine(model, tokenizer)
+    engine.frozen, engine.shared_length = kind == "frozen", common_prefix(prompts)
+    assert engine.shared_length == len(PREFIX)
+    context = model.disable_adapter() if kind == "reference" else contextlib.nullcontext()
+    with context:
+        expected = plain_logits(model, prompts, [Tree()] * len(prompts))
+    # One prompt at a time shares nothing with others, two may share more than all do by chance.
+    for rows in ([0], [1], [0, 1], [2, 3], [*range(len(prompts))]):
+        before = engine.tokens_computed
+        found = engine.states([prompts[i] for i in rows], [Tree()] * len(rows), reference=kind == "reference")
+        for i, state in zip(rows, found):
+            assert error(engine.logits(state), expected[i]) < 1e-4
+        own = sum(len(prompts[i]) - len(PREFIX) for i in rows)
+        assert engine.tokens_computed - before == own + (0 if before else len(PREFIX))
+
+
+def test_states_meet_the_vocabulary_in_groups():
+    states = [torch.zeros(nodes, 4) for nodes in (3, 1, 9, 2, 2, 1)]
+    assert list(grouped(states, most=4)) == [range(0, 2), range(2, 3), range(3, 5), range(5, 6)]
+    assert list(grouped(states)) == [range(6)] and list(grouped([])) == []
 
 
 # -------------------------------------------------------------------------------------------------------- generation

@@ -800,7 +800,7 @@ def test_a_toy_task_is_learned(mode, tmp_path):
         answers = trainer.engine.generate(prompts, lambda text: True, 1)[1]
         if mode != "free":
             states = trainer.engine.states(prompts, [trainer.trie.tree] * len(prompts))
-            chosen = [trainer.log_distribution(s, trainer.trie.tree, [0]).argmax() for s in states]
+            chosen = [x[0].argmax() for x in trainer.log_distributions(states, [trainer.trie.tree] * len(states))]
             return sum(WORDS[int(c)] == WORDS[row["label"]] for c, row in zip(chosen, rows)) / len(rows)
         return sum(answer.text == WORDS[row["label"]] for (answer,), row in zip(answers, rows)) / len(rows)
 
