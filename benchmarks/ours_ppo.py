@@ -3,7 +3,9 @@
     .venv/bin/python -m benchmarks.ours_ppo --inputs FILE -- --max_steps 3 --batch_sentence_num 16
 
 What follows `--` goes to ppo.py. A step's seconds are those of rollout, updates and optimizer. `--matrix_rate` also
-counts the step's operations and measures the machine's matrix rate. `--compiled`: see compiled.py.
+counts the step's operations and measures the machine's matrix rate. `--whole_answers`: in free mode an answer does not
+end with its label, but as TRL's do, at the end-of-sequence token or the last token there may be. `--compiled`: see
+compiled.py.
 """
 
 from benchmarks import common  # first: its clock starts here  # isort: skip
@@ -79,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", default="", help="check that these rows are taken")
     parser.add_argument("--matrix_rate", action="store_true")
+    parser.add_argument("--whole_answers", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--until", type=float, default=2.0, help="stop at this held-out accuracy")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
@@ -90,6 +93,8 @@ def main() -> None:
 
     class Clocked(ppo.PPOTrainer):
         def __init__(self, *positional, callbacks=(), **named):
+            if arguments.whole_answers:
+                named["stop"] = lambda text: False
             super().__init__(*positional, callbacks=[*callbacks, callback], **named)
             callback.trainer = self
 

@@ -106,12 +106,16 @@ def cost_jobs(plan: Plan) -> Iterator[Job]:
                 f"{RESPONSE_LENGTH} tokens",
                 prepare=(prepare,),
             )
-            own = ours("ours_ppo", "--inputs", inputs, "--", "--seed", str(seed), "--max_steps", str(plan.steps))
+            own = ("--", "--seed", str(seed), "--max_steps", str(plan.steps))
             own += ("--batch_sentence_num", str(batch), "--ppo_epochs", str(epochs), "--eval_size", "2")
             theirs = ("--inputs", inputs, "--seed", str(seed), "--steps", str(plan.steps), "--batch", str(batch))
             theirs += ("--ppo_epochs", str(epochs), "--response_length", str(RESPONSE_LENGTH))
-            yield Job(program=report.DEFAULT, command=own, **where)
-            yield Job(program=report.LIKE_FOR_LIKE, command=(*own, *LIKE_FOR_LIKE), **where)
+            for program, more in (
+                (report.DEFAULT, own),
+                (report.SHORT_ANSWERS, (*own, *LIKE_FOR_LIKE)),
+                (report.LIKE_FOR_LIKE, ("--whole_answers", *own, *LIKE_FOR_LIKE)),
+            ):
+                yield Job(program=program, command=ours("ours_ppo", "--inputs", inputs, *more), **where)
             for name, (environment, script) in TRL.items():
                 baseline = dict(environment=environment, **where)
                 command = (f"benchmarks/{script}", *theirs)
@@ -150,10 +154,12 @@ def share_jobs(plan: Plan) -> Iterator[Job]:
     seed = plan.seeds[0]
     inputs, prepare = training_inputs(seed, plan.steps * max(plan.share_batches))
     for batch in plan.share_batches:
-        command = ours("ours_ppo", "--inputs", inputs, "--matrix_rate", "--", "--seed", str(seed), "--eval_size", "2")
-        command += ("--max_steps", str(plan.steps), "--batch_sentence_num", str(batch))
+        run = ("--", "--seed", str(seed), "--eval_size", "2", "--max_steps", str(plan.steps))
+        run += ("--batch_sentence_num", str(batch))
         data = f"MR, {plan.steps - 1} measured steps after one to warm up"
-        yield Job("c", report.DEFAULT, {"batch": batch}, seed, data, command, (prepare,))
+        for program, more in ((report.DEFAULT, ()), (report.COMPILED, ("--compiled",))):
+            command = ours("ours_ppo", "--inputs", inputs, "--matrix_rate", *more, *run)
+            yield Job("c", program, {"batch": batch}, seed, data, command, (prepare,))
 
 
 def growth_jobs(plan: Plan) -> Iterator[Job]:

@@ -17,6 +17,7 @@ TITLES = {
     "e": "Seconds to a held-out accuracy on MR",
 }
 LIKE_FOR_LIKE, DEFAULT, SCORING = "ours, like for like", "ours, default", "ours"
+SHORT_ANSWERS, COMPILED = "ours, answers end with the label", "ours, default, compiled"
 NOTHING = "-"
 
 

@@ -27,6 +27,7 @@ options=(
     # --data_path file.tsv            # answer this file or folder, in the task's own format
     # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
     # --trust_remote_code False       # True: Python files that come with the model may be run
+    # --tokens_per_micro_batch 512    # tokens that go through the network at once; default: by free memory
     # --answer_space labels           # labels: only the task's labels; free: any token; score: the likeliest label
     # --same_shots True               # False: other demonstrations for each row
     # --do_sample True                # sample instead of taking the likeliest token

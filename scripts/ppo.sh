@@ -28,9 +28,11 @@ options=(
     # --data_path file.tsv            # train on this file or folder, in the task's own format
     # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
     # --trust_remote_code False       # True: Python files that come with the model may be run
+    # --tokens_per_micro_batch 512    # tokens that go through the network at once; default: by free memory
     # --config run.yaml               # options from a YAML file; what is set above or typed wins over it
     # --- PPO
     # --learning_rate 1e-4            # step size of the adapter
+    # --warmup_steps 3                # steps until the learning rate is full
     # --value_learning_rate 1e-3      # step size of the value head
     # --ppo_epochs 4                  # passes over each rollout
     # --num_minibatches 1             # updates per pass
@@ -39,6 +41,11 @@ options=(
     # --entropy_coef 0.01             # bonus for a policy that stays undecided
     # --value_coef 0.5                # weight of the value head's loss
     # --policy_gradient sampled       # sampled, or expected: sum over all labels where each one's reward is known
+    # --reward_correct 1.0            # reward of a correct answer
+    # --reward_wrong -1.0             # of a wrong one
+    # --reward_invalid -3.0           # of one that does not parse
+    # --reward_number 2.5             # STS-B: of an exact number; less the distance of another
+    # --strict_format False           # True: only the closing tag ends a free answer
     # --- what is asked and what may be answered
     # --answer_space labels           # labels: only the task's labels can be answered; free: any token
     # --model_temperature 1.0         # of sampling while training; evaluation is greedy

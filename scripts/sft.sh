@@ -31,6 +31,7 @@ options=(
     # --data_path file.tsv            # train on this file or folder, in the task's own format
     # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
     # --trust_remote_code False       # True: Python files that come with the model may be run
+    # --tokens_per_micro_batch 512    # tokens that go through the network at once; default: by free memory
     # --config run.yaml               # options from a YAML file; what is set above or typed wins over it
     # --- what is asked and what may be answered
     # --answer_space labels           # labels: only the task's labels; free: any token; score: the likeliest label

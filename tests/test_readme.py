@@ -4,9 +4,15 @@ import os
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from fewshot import FewshotArguments
+from inference import InferenceArguments
+from ppo import PPOArguments
+from sft import SFTArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -84,3 +90,15 @@ def test_every_test_that_the_table_of_faults_names_exists():
                     assert any(name in function for function in functions), (files[letter], name)
                     named += 1
     assert named > 30
+
+
+@pytest.mark.parametrize(
+    "kind", [PPOArguments, SFTArguments, InferenceArguments, FewshotArguments], ids=lambda kind: kind.__name__
+)
+def test_every_argument_has_its_line(kind):
+    script = (ROOT / "scripts" / f"{kind.__name__.removesuffix('Arguments').lower()}.sh").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = [field.name for field in fields(kind)]
+    assert [name for name in names if not re.search(rf"--{name}\b", script)] == []
+    if kind is PPOArguments:
+        assert [name for name in names if not re.search(rf"`--{name}\b", readme)] == []
