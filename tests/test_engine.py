@@ -102,7 +102,9 @@ def test_states_equal_the_plain_forward(kind, case, tokenizer):
         states = engine.states(prompts, trees)
         assert [len(s) for s in states] == [len(t) for t in trees]
         for state, logits in zip(states, expected):
-            assert error(engine.logits(state), logits) < 1e-4
+            found = engine.logits(state)
+            assert error(found, logits) < 1e-4
+            assert error(torch.log_softmax(found, -1), torch.log_softmax(logits, -1)) < 1e-4
             some = [4, 1, 30]
             assert error(engine.logits(state, some), logits[:, some]) < 1e-4
 
@@ -146,14 +148,17 @@ def test_gradients_equal_the_plain_forward(kind, case, tokenizer):
     torch.manual_seed(3)
     weights = [torch.randn(len(tree), SIZE) for tree in trees]
 
-    def gradients() -> torch.Tensor:
-        found = [p.grad.flatten().clone() for p in model.parameters() if p.requires_grad]
+    def gradients() -> list[torch.Tensor]:
+        found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
         model.zero_grad()
-        return torch.cat(found)
+        return found
 
     log_probs = [torch.log_softmax(logits, -1) for logits in plain_logits(model, prompts, trees)]
     sum((w * lp).sum() for w, lp in zip(weights, log_probs)).backward()
     expected = gradients()
+    # Each weight by itself; one that has next to no gradient (a row of one token has nothing to attend to) by the mean.
+    typical = torch.cat([x.flatten() for x in expected]).square().mean().sqrt()
+    allowed = [1e-4 * max(x.norm(), 1e-2 * typical * x.numel() ** 0.5) for x in expected]
     for budget in (1, 40, 10_000):
         engine, seen = Engine(model, tokenizer, budget), []
         for rows, states in engine.training_batches(prompts, trees):
@@ -165,7 +170,7 @@ def test_gradients_equal_the_plain_forward(kind, case, tokenizer):
             )
             loss.backward()
         assert sorted(seen) == list(range(len(prompts)))
-        assert error(gradients(), expected) < 1e-4
+        assert all((x - y).norm() < most for x, y, most in zip(gradients(), expected, allowed))
 
 
 def short_of_memory(engine: Engine, tokens_that_fit: int) -> None:
