@@ -182,7 +182,8 @@ class RunTrainer:
         """Run `evaluation` on the current weights; its figures are logged as eval/<name>, the best ones are saved."""
         self.model.eval()
         started = time.perf_counter()
-        metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
+        with self.enough_memory("Lower --max_prompt_length"):
+            metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
         metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
         score, best = metrics.get(f"{metric_key_prefix}/score"), self._best_score()
         # best/ first: a run that is killed in between evaluates again, and finds nothing better than what it has saved.
@@ -218,6 +219,15 @@ class RunTrainer:
     def _last_checkpoint_text(self) -> str:
         checkpoint = self.last_checkpoint()
         return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+    @contextlib.contextmanager
+    def enough_memory(self, way_out: str) -> Iterator[None]:
+        """Memory that is not enough for one row becomes a TrainingError with the step and the ways back and out."""
+        try:
+            yield
+        except MemoryError as error:
+            step = self.state.global_step + 1
+            raise TrainingError(f"{error} at step {step}; {self._last_checkpoint_text()}. {way_out}") from error
 
     @contextlib.contextmanager
     def named_failure(self, what: str) -> Iterator[None]:

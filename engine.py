@@ -95,8 +95,9 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+        # Older ones take no more than 32 MiB; and to set only the first would keep their threshold at 128 KiB.
+        if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
+            mallopt(trim_threshold, 2**31 - 1)
 
 
 class Engine:
@@ -134,8 +135,9 @@ class Engine:
         """(..., hidden) states -> (..., tokens) float32 logits, of `vocabulary`'s columns only if given."""
         if vocabulary is None:
             return self.head(states).float()
-        bias = None if self.head.bias is None else self.head.bias[vocabulary]
-        return nn.functional.linear(states, self.head.weight[vocabulary], bias).float()
+        # In bfloat16 the product would round labels to steps of an eighth, and make close ones equal.
+        bias = None if self.head.bias is None else self.head.bias[vocabulary].float()
+        return nn.functional.linear(states.float(), self.head.weight[vocabulary].float(), bias)
 
     def shrinking(self, work: Callable[[], Result]) -> Result:
         """`work()`; whenever memory runs out in it, the token budget is halved and it is begun again.
@@ -227,6 +229,8 @@ class Engine:
 
     def _batches(self, prompts, trees, prefix_length: int) -> list[list[int]]:
         lengths = [len(p) - prefix_length + len(t) for p, t in zip(prompts, trees)]
+        if self.plain:  # every path is a sequence of its own
+            lengths = [(len(t) - len({*t.parents[1:]})) * (len(p) + max(t.depths)) for p, t in zip(prompts, trees)]
         return micro_batches(lengths, self.tokens_per_micro_batch, self.packed and not self.plain)
 
     def _prefix_length(self, prompts: list[list[int]], reference: bool = False) -> int:
@@ -582,7 +586,8 @@ class Engine:
         else:
             with torch.set_grad_enabled(keep):
                 root, goes_on, grown = self._forward_to_go_on(prompts, trees, prefix)
-            cache = goes_on()
+            cache, goes_on = goes_on(), None  # it holds the prompts' keys and values too
+            grown = grown if keep else None
         root = root[:, 0].detach()  # (rows, hidden)
         states = [[state] for state in root]
         rows = list(range(len(prompts)))  # rows still in the batch, in the cache's order
@@ -627,6 +632,7 @@ class Engine:
             for place, row in enumerate(rows):
                 states[row].extend(latest[place, : len(fresh[row])])
         if keep and self._whole(self._batches(prompts, trees, prefix[0])):
+            del cache, latest, logits
             with torch.enable_grad():
                 return grown(trees)
         return [torch.stack(s) for s in states]

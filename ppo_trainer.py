@@ -162,6 +162,11 @@ class PPOTrainer(RunTrainer, Trainer):
         self.is_correct, self.on_save = is_correct, on_save
         self.link = link
         self.expected = args.policy_gradient == "expected"
+        if args.gradient_accumulation_steps != 1 or not args.max_grad_norm > 0:
+            raise ValueError(
+                f"gradient_accumulation_steps {args.gradient_accumulation_steps} must be 1, as a step is one rollout "
+                f"(more prompts per step do the same), and max_grad_norm {args.max_grad_norm} greater than 0"
+            )
         if self.expected and (args.answer_space != "labels" or args.use_CoT):
             raise ValueError(
                 "policy_gradient='expected' sums over all labels, so it needs answer_space='labels' without use_CoT; "
@@ -240,20 +245,15 @@ class PPOTrainer(RunTrainer, Trainer):
         rows = inputs["rows"]
         prompts = [self._prompt_ids(row) for row in rows]
         try:
-            step = self._expected_step(rows, prompts) if self.expected else self._sampled_step(rows, prompts)
+            with self.enough_memory("Lower --max_prompt_length or --repeat_time"):
+                step = self._expected_step(rows, prompts) if self.expected else self._sampled_step(rows, prompts)
         except FloatingPointError as error:
             raise TrainingError(
                 f"{error} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. Lower --learning_rate"
             ) from error
-        except MemoryError as error:
+        if not math.isfinite(step):
             raise TrainingError(
-                f"{error} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
-                "Lower --max_prompt_length or --repeat_time"
-            ) from error
-        loss = torch.tensor(step, device=self.args.device)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
+                f"the loss is {step} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
                 "Lower --learning_rate or raise --kl_coef"
             )
         seconds = time.perf_counter() - started
@@ -262,7 +262,7 @@ class PPOTrainer(RunTrainer, Trainer):
             "time/samples_per_second": processes.count() * len(rows) * self.samples_per_prompt / seconds,
             "time/tokens_per_second": sum(processes.together([self.engine.tokens_computed - tokens])) / seconds,
         }
-        return loss
+        return torch.tensor(step, device=self.args.device)
 
     @property
     def samples_per_step(self) -> int:
@@ -455,20 +455,22 @@ class PPOTrainer(RunTrainer, Trainer):
                 old, advantage = rollout.log_probs[index], rollout.advantages[index]
                 ratio = torch.exp(new - old)
                 surrogate = clipped_surrogate(ratio, advantage, args.clip_range)
-                entropy = self._entropy(log_probs, pairs[1])[line]
+                entropy, paid = (x[line] for x in self._entropy(log_probs, pairs[1], allowed))
                 value_loss = clipped_value_loss(
                     values, rollout.values[index], rollout.returns[index], args.value_clip_range
                 )
                 per_action = -surrogate - args.entropy_coef * entropy + args.value_coef * value_loss
                 self.accelerator.backward(per_action.sum() / total)
                 with torch.no_grad():
-                    add(sums, {"loss": per_action.sum(), "entropy": entropy.sum(), "value_loss": value_loss.sum(),
+                    add(sums, {"loss": per_action.sum(), "entropy": entropy.sum(), "paid": paid.sum(),
+                               "value_loss": value_loss.sum(),
                                "clip": ((ratio - 1).abs() > args.clip_range).sum(),
                                "approx_kl": ((ratio - 1) - (new - old)).sum(), "ratio": ratio.sum()})  # fmt: skip
             return sums
 
         sums = self._updates(len(prompts), update)
         mean = {name: value / sums["actions"] for name, value in sums.items()}
+        mean["entropy"] = sums["entropy"] / max(sums["paid"], 1)
         self._step_metrics |= {
             "objective/entropy": mean["entropy"],
             "policy/clip_fraction": mean["clip"],
@@ -481,15 +483,22 @@ class PPOTrainer(RunTrainer, Trainer):
         }
         return mean["loss"]
 
-    def _entropy(self, log_probs: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
-        """(states,) entropy; in free mode of the choice among the labels' first tokens, and only where it is made.
+    def _entropy(
+        self, log_probs: torch.Tensor, nodes: torch.Tensor, allowed: list[list[int] | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(states,) the entropy that earns the bonus, and whether a state has any: where a choice among labels is made.
 
-        Over the whole vocabulary a bonus would pay for junk: entropy is cheapest where no label stands.
+        Over the whole vocabulary a bonus would pay for junk: entropy is cheapest where no label stands. So an analysis
+        earns none, and in free mode the choice is that among the labels' first tokens, if the answer begins with it.
         """
-        if self.trie is None and len(self.first_tokens) > 1:
+        if self.trie is None:
+            paid = (nodes == 0) & (not self.args.use_CoT and len(self.first_tokens) > 1)
             log_probs = torch.log_softmax(log_probs[:, self.first_tokens], dim=-1)
-            return -(log_probs.exp() * log_probs).sum(-1) * (nodes == 0)
-        return -(log_probs.exp() * log_probs).sum(-1)
+        elif self.args.use_CoT:
+            paid = torch.tensor([tokens is not None for tokens in allowed], device=log_probs.device)
+        else:
+            paid = torch.ones_like(nodes, dtype=torch.bool)
+        return -(log_probs.exp() * log_probs).sum(-1) * paid, paid
 
     @torch.no_grad()
     def _rollout(self, rows: list[dict], prompts: list[list[int]]) -> Rollout:
@@ -505,12 +514,10 @@ class PPOTrainer(RunTrainer, Trainer):
         node = torch.tensor([n for _, answer in flat for n in answer.nodes])
         column = torch.tensor([column_of[t] if column_of else t for _, answer in flat for t in answer.tokens])
         old, values = [], []
-        for group, state, log_probs in zip(answers, states, self.log_distributions(states, trees)):
-            value = self.values(state)
-            for answer in group:
-                tokens = [column_of[t] if column_of else t for t in answer.tokens]
-                old.append(log_probs[answer.nodes, tokens])
-                values.append(value[answer.nodes])
+        for p, (state, log_probs) in enumerate(zip(states, self.log_distributions(states, trees))):
+            mine = (prompt == p).nonzero()[:, 0]
+            old.append(log_probs[node[mine], column[mine]])
+            values.append(self.values(state)[node[mine]])
         old, values = torch.cat(old), torch.cat(values)
         kl = self._kl(prompts, trees, prompt, node, column, old)
         rewards, start = (-args.kl_coef * kl).tolist(), 0
@@ -521,24 +528,24 @@ class PPOTrainer(RunTrainer, Trainer):
             rewards[start + self._credited(answer)] += score
             starts.append(start)
             start += len(answer.tokens)
-        advantages, returns = [], []
+        advantages, returns, valued = [], [], values.tolist()
         for begin, (_, answer) in zip(starts, flat):
             part = slice(begin, begin + len(answer.tokens))
-            a, r = gae(rewards[part], values[part].tolist(), args.gamma, args.lam)
+            a, r = gae(rewards[part], valued[part], args.gamma, args.lam)
             advantages, returns = advantages + a, returns + r
         advantages, returns = torch.tensor(advantages), torch.tensor(returns)
         if equal:
             # Nothing tells one answer from another: what is left of the advantages would be the critic's noise.
+            costs = (-args.kl_coef * kl).tolist()
             advantages = torch.tensor(
                 [x for begin, (_, answer) in zip(starts, flat) for x in gae(
-                    (-args.kl_coef * kl[begin : begin + len(answer.tokens)]).tolist(), [0.0] * len(answer.tokens),
-                    args.gamma, args.lam)[0]]
+                    costs[begin : begin + len(answer.tokens)], [0.0] * len(answer.tokens), args.gamma, args.lam)[0]]
             )  # fmt: skip
         elif args.lam == 1.0 and args.samples_per_prompt > 1:
             advantages = self._whiten(against_siblings(advantages, returns, prompt, node))
         else:
             advantages = self._whiten(advantages)
-        self._log_rollout(rows, prompts, flat, scores, kl, equal)
+        self._log_rollout(rows, prompts, flat, scores, equal)
         device = args.device
         return Rollout(
             prompts, trees, prompt, node, column.to(device), old.to(device), values.to(device), advantages.to(device),
@@ -603,7 +610,7 @@ class PPOTrainer(RunTrainer, Trainer):
 
     # ------------------------------------------------------------------------------------------------------- logging
 
-    def _log_rollout(self, rows, prompts, flat, scores, kl, equal: bool) -> None:
+    def _log_rollout(self, rows, prompts, flat, scores, equal: bool) -> None:
         self.episodes = [
             {"prompt": prompts[p], "answer": answer.text, "reward": score, "row": rows[p]}
             for (p, answer), score in zip(flat, scores)

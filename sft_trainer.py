@@ -43,7 +43,8 @@ class Finetuner(RunTrainer, SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.started = self.started or time.perf_counter()
         if self.args.shared_prefix:
-            loss = self.engine.shrinking(lambda: self._shared_step(inputs))
+            with self.enough_memory("Lower --max_prompt_length"):
+                loss = self._shared_step(inputs)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -56,32 +57,36 @@ class Finetuner(RunTrainer, SFTTrainer):
     def _shared_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy of the answers' tokens, its gradient added to the weights'. Inputs (batch, tokens)."""
         self.model.train()
-        self.model.zero_grad()
         prompts, answers = [], []
-        for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
+        for ids, labels, mask in zip(*(inputs[name].cpu() for name in ("input_ids", "labels", "attention_mask"))):
             ids, size = ids[mask.bool()].tolist(), int((labels != IGNORED).sum())
             prompts.append(ids[:-size])
             answers.append(ids[-size:])
         # Node t of a row's tree is the state after t tokens of its answer, and predicts the next one.
         trees = [Tree([-1, *a[:-1]], [*range(-1, len(a) - 1)], [*range(len(a))]) for a in answers]
         total = sum(processes.together([sum(map(len, answers))]))  # answer tokens of all processes
-        loss = correct = entropy = 0.0
-        for rows, states in self.engine.training_batches(prompts, trees):
-            places = [(place, t) for place, row in enumerate(rows) for t in range(len(answers[row]))]
-            place, node = (torch.tensor(numbers, device=states.device) for numbers in zip(*places))
-            gold = torch.tensor([token for row in rows for token in answers[row]], device=states.device)
-            log_probs = torch.log_softmax(
-                self.engine.logits(states[place, node]), dim=-1
-            )  # (answer tokens, vocabulary)
-            part = torch.nn.functional.nll_loss(log_probs, gold, reduction="sum") / total
-            self.accelerator.backward(part)
-            loss += part.detach()
-            with torch.no_grad():
-                correct += float((log_probs.argmax(-1) == gold).sum())
-                entropy += float(-(log_probs.exp() * log_probs).sum())
+
+        def from_zero() -> torch.Tensor:
+            """(loss, right tokens, entropy), summed; processes do not meet in here, as one alone may begin it again."""
+            self.model.zero_grad()
+            sums = torch.zeros(3, device=self.args.device)
+            for rows, states in self.engine.training_batches(prompts, trees):
+                places = [(place, t) for place, row in enumerate(rows) for t in range(len(answers[row]))]
+                place, node = (torch.tensor(numbers, device=states.device) for numbers in zip(*places))
+                gold = torch.tensor([token for row in rows for token in answers[row]], device=states.device)
+                log_probs = torch.log_softmax(
+                    self.engine.logits(states[place, node]), dim=-1
+                )  # (answer tokens, vocabulary)
+                part = torch.nn.functional.nll_loss(log_probs, gold, reduction="sum") / total
+                self.accelerator.backward(part)
+                with torch.no_grad():
+                    right = (log_probs.argmax(-1) == gold).sum()
+                    sums += torch.stack([part, right, -(log_probs.exp() * log_probs).sum()])
+            return sums
+
+        sums = self.engine.shrinking(from_zero)
         processes.add_gradients(self.model.parameters())
-        sums = processes.together([(float(loss), correct, entropy)])
-        loss, correct, entropy = (sum(part) for part in zip(*sums))
+        loss, correct, entropy = (sum(part) for part in zip(*processes.together([tuple(sums.tolist())])))
         self._metrics["train"]["mean_token_accuracy"].append(correct / total)
         self._metrics["train"]["entropy"].append(entropy / total)
         return torch.tensor(loss, device=self.args.device)

@@ -351,6 +351,32 @@ def test_no_memory_at_all_stops_the_run_with_the_step(tmp_path):
         trainer.training_step(trainer.model, {"rows": make_rows(8)})
 
 
+@pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.0}])
+def test_settings_of_trainer_that_a_rollout_has_no_use_for_are_refused(changes, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        make_trainer(tmp_path, config=changes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_a_choice_among_labels_earns_the_entropy_bonus(mode, tmp_path):
+    trainer = mode_trainer(tmp_path, mode)
+    rollout = caught_rollout(trainer, make_rows(8))
+    for tree in rollout.trees:
+        nodes = torch.arange(len(tree))
+        states = [torch.randn(len(tree), trainer.model.config.hidden_size)]
+        (log_probs,) = trainer.log_distributions(states, [tree])
+        allowed = [tree.allowed.get(node) for node in nodes.tolist()]
+        entropy, paid = trainer._entropy(log_probs, nodes, allowed)
+        if mode == "labels":
+            chosen = set(nodes.tolist())
+        elif mode == "free":
+            chosen = {0}
+        else:
+            chosen = set(tree.allowed)
+            assert 0 not in chosen and chosen
+        assert set(paid.nonzero()[:, 0].tolist()) == set((entropy > 0).nonzero()[:, 0].tolist()) | chosen == chosen
+
+
 def test_the_critic_learns_returns_and_leaves_the_policy_alone(tmp_path):
     trainer = mode_trainer(tmp_path, "free", {"value_coef": 0.5})
     torch.nn.init.normal_(trainer.model.value_head.weight, std=0.1)

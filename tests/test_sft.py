@@ -21,6 +21,7 @@ import prompts
 import sft
 import splits
 import tasks
+from checkpoints import TrainingError
 from sft_trainer import Finetuner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,14 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
     assert float(loss) == pytest.approx(plain.item(), rel=1e-4)
     for name, weight in weights.items():
         assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6 + 1e-4 * float(weight.grad.norm())), name
+
+    def full(*_args, **_more):
+        raise MemoryError("DefaultCPUAllocator: can't allocate memory")
+
+    if loss_on == "answer":
+        trainer.engine.training_batches = full
+        with pytest.raises(TrainingError, match=r"one row at a time.*step 1; there is no checkpoint yet"):
+            trainer.training_step(trainer.model, dict(batch), count)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
