@@ -33,14 +33,14 @@ def last_json(output: str) -> dict:
 
 
 def key(record: dict) -> str:
-    """What makes two records the same measurement, so that the later one replaces the earlier one."""
-    return json.dumps([record[name] for name in ("benchmark", "program", "conditions", "seed", "repeat")])
+    """What makes two records the same measurement, so that the later one replaces the earlier one: on one processor."""
+    names = ("benchmark", "program", "conditions", "seed", "repeat")
+    return json.dumps([record["machine"]["cpu"], *(record[name] for name in names)])
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """`old` with `new` in place of the same measurements, and after the others."""
-    replaced = {key(record) for record in new}
-    return [record for record in old if key(record) not in replaced] + new
+    """`old` with `new` in the places of the same measurements, and what is new at the end."""
+    return list({key(record): record for record in [*old, *new]}.values())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -171,11 +171,12 @@ def render(records: list[dict]) -> str:
     """All tables, each with what it was measured on and the commands that its rows name by number."""
     kinds: dict[tuple, list[dict]] = {}
     for record in records:
-        # Within one benchmark, tables differ by what varies.
-        kinds.setdefault((record["benchmark"], tuple(record["conditions"])), []).append(record)
+        # Within one benchmark, tables differ by what varies; and two processors have nothing to do with one another.
+        kind = record["benchmark"], tuple(record["conditions"]), record["machine"]["cpu"]
+        kinds.setdefault(kind, []).append(record)
     parts = []
-    for benchmark, names in sorted(kinds):
-        parts.append(section(TITLES[benchmark], kinds[benchmark, names], columns_of(benchmark, names)))
+    for benchmark, names, cpu in sorted(kinds):
+        parts.append(section(TITLES[benchmark], kinds[benchmark, names, cpu], columns_of(benchmark, names)))
     return "\n\n".join(parts) + "\n"
 
 

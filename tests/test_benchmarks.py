@@ -215,7 +215,17 @@ def test_a_cell_cannot_break_the_table():
 def test_a_measurement_that_is_repeated_replaces_the_old_one_alone():
     old = [record("A", seconds=1), record("A", 1, seconds=2), record("B", seconds=3)]
     new = record("A", 1, seconds=9)
-    assert report.merged(old, [new]) == [old[0], old[2], new]
+    assert report.merged(old, [new]) == [old[0], new, old[2]]
+
+
+def test_measurements_of_two_processors_stay_apart():
+    there = record("ours, default", seconds_per_sample=2.0, response_tokens=1.0)
+    here = record("ours, default", seconds_per_sample=1.0, response_tokens=1.0)
+    here["machine"] = {**here["machine"], "cpu": "another"}
+    both = report.merged([there], [here])
+    assert both == [there, here]
+    text = report.render(both)
+    assert text.count("### PPO") == 2 and "another, 2 logical CPUs" in text and "1.0 x | 0.050" in text
 
 
 def make_plan(**changes) -> plan.Plan:
