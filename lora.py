@@ -2,7 +2,10 @@
 
 peft computes `base(x) + lora_B(lora_A(x)) * scaling` as five operations, each with an output of its own that autograd
 may keep. Here the low-rank part is added into the base layer's output in place, its gradient into the input's in place,
-and only the input and the (tokens, r) middle are kept. (LoRA: https://arxiv.org/abs/2106.09685)
+and only the input and the (tokens, r) middle are kept. Over a base in bfloat16, as on a card, peft turns every
+layer's input into float32 and multiplies it with A and B in that; here these two are rounded to the base's type, as
+under autocast, and their gradients, sums over all tokens, are handed over in float32, in which they are kept and
+trained. (LoRA: https://arxiv.org/abs/2106.09685)
 """
 
 import torch
@@ -13,12 +16,15 @@ from torch import nn
 class LowRankLinear(torch.autograd.Function):
     """x W^T + bias + scaling (x A^T) B^T.
 
-    x (..., in); frozen: W (out, in) and bias (out,) or None; trained: A (r, in) and B (out, r).
+    x (..., in); frozen: W (out, in) and bias (out,) or None, of x's type; trained: A (r, in) and B (out, r), of that
+    type or a wider one.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         flat = x.reshape(-1, x.shape[-1])
+        ctx.trained = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         low = flat @ a.T
         ctx.save_for_backward(flat, weight, a, b, low)
         ctx.scaling, ctx.shape = scaling, x.shape
@@ -33,15 +39,16 @@ class LowRankLinear(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ weight).addmm_(low_gradient, a).view(ctx.shape)
-        return of_x, None, None, low_gradient.T @ flat, (gradient.T @ low).mul_(ctx.scaling), None
+        of_a, of_b = low_gradient.T @ flat, (gradient.T @ low).mul_(ctx.scaling)
+        return of_x, None, None, of_a.to(ctx.trained), of_b.to(ctx.trained), None
 
 
 def fuse(model: nn.Module) -> int:
     """Let the LoRA layers of a peft model compute in this way. Returns how many.
 
-    A layer that has more to it (several adapters, dropout, 8-bit weights, two data types, a variant such as DoRA, a
-    base layer cut up by DeepSpeed) stays as it is. While an adapter is switched off or merged, its layers compute in
-    peft's way.
+    A layer that has more to it (several adapters, dropout, 8-bit weights, a variant such as DoRA, a base layer cut up
+    by DeepSpeed, data types other than one for all or float32 over a shorter one) stays as it is. While an adapter is
+    switched off or merged, its layers compute in peft's way.
     """
     fused = 0
     for layer in model.modules():
@@ -55,14 +62,14 @@ def _plain(layer: Linear) -> bool:
     if len(layer.active_adapters) != 1 or len(layer.lora_A) != 1 or type(layer.base_layer) is not nn.Linear:
         return False
     (name,) = layer.active_adapters
-    weights = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+    base, trained = layer.base_layer.weight.dtype, {layer.lora_A[name].weight.dtype, layer.lora_B[name].weight.dtype}
     return (
         layer.lora_B[name].bias is None
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and name not in layer.lora_variant
         and not layer.base_layer.weight.requires_grad
         and not hasattr(layer.base_layer.weight, "ds_id")  # DeepSpeed's: there only while the base layer computes
-        and len({weight.dtype for weight in weights}) == 1
+        and (trained == {base} or trained == {torch.float32} and base in (torch.bfloat16, torch.float16))
     )
 
 

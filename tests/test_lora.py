@@ -83,12 +83,30 @@ def test_a_model_without_an_adapter_is_left_alone():
     assert lora.fuse(tiny_model()) == 0
 
 
-def test_two_data_types_stay_as_they_are():
-    model = with_adapter()
-    for layer in model.modules():
-        if isinstance(layer, lora.Linear):
-            layer.base_layer.to(torch.bfloat16)
-    assert lora.fuse(model) == 0
+def in_two_types(base: torch.dtype, adapter: torch.dtype) -> nn.Module:
+    model = with_adapter().to(base)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(adapter)
+    return model
+
+
+def test_an_adapter_in_float32_over_bfloat16_is_trained_in_float32():
+    """As far from float32 throughout as peft's way is, which rounds in other places."""
+    exact, (expected, wanted) = with_adapter(), logits_and_gradients(with_adapter())
+    model = in_two_types(torch.bfloat16, torch.float32)
+    logits, gradients = logits_and_gradients(model)
+    assert lora.fuse(model) == sum(type(m) is lora.Linear for m in exact.modules())
+    fused_logits, fused_gradients = logits_and_gradients(model)
+    assert not torch.equal(fused_logits, logits) and all(g.dtype == torch.float32 for g in fused_gradients)
+    assert error(fused_logits, expected) < 1.5 * error(logits.float(), expected) < 0.1
+    flat, peft_s, right = (torch.cat([g.flatten() for g in each]) for each in (fused_gradients, gradients, wanted))
+    assert error(flat, right) < 1.5 * error(peft_s, right) < 0.2
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.float32, torch.float64)])
+def test_other_pairs_of_data_types_stay_as_they_are(types):
+    assert lora.fuse(in_two_types(*types)) == 0
 
 
 def test_under_autocast_the_layer_computes_in_peft_s_way():
