@@ -124,6 +124,7 @@ class Engine:
         self.frozen = False  # nobody changes the weights as long as this engine lives
         self.shared_length: int | None = None  # tokens that all prompts there will be begin with, where that is known
         self._lasting_prefix: tuple[tuple[int, ...], list] = (), []  # of the frozen or the reference model
+        self._columns: dict[tuple[int, ...], torch.Tensor] = {}  # vocabularies, where the output layer is
 
     @property
     def device(self) -> torch.device:
@@ -136,8 +137,11 @@ class Engine:
         if vocabulary is None:
             return self.head(states).float()
         # In bfloat16 the product would round labels to steps of an eighth, and make close ones equal.
-        bias = None if self.head.bias is None else self.head.bias[vocabulary].float()
-        return nn.functional.linear(states.float(), self.head.weight[vocabulary].float(), bias)
+        if tuple(vocabulary) not in self._columns:
+            self._columns[tuple(vocabulary)] = torch.tensor(vocabulary, device=self.device)
+        columns = self._columns[tuple(vocabulary)]
+        bias = None if self.head.bias is None else self.head.bias[columns].float()
+        return nn.functional.linear(states.float(), self.head.weight[columns].float(), bias)
 
     def shrinking(self, work: Callable[[], Result]) -> Result:
         """`work()`; whenever memory runs out in it, the token budget is halved and it is begun again.
@@ -422,7 +426,7 @@ class Engine:
         read: (n,) the tokens whose states are wanted, counted through the rows; None: all of them.
         """
         with contextlib.ExitStack() as stack:
-            read = None if read is None else read.to(self.device)
+            read = None if read is None else self._there(read)
             stack.enter_context(feedforward.only(self.last_feedforward, read))
             kind = type(cache.layers[0]) if cache.layers else None
             if kind is attention.PackedLayer:
@@ -432,12 +436,18 @@ class Engine:
                 own = mask[:, :, cache.layers[0].prefix[0].shape[2] :]
                 mask = torch.zeros(own.shape).masked_fill(~own, -torch.inf)
             return self.backbone(
-                ids.to(self.device),
-                attention_mask=mask[:, None].to(self.device),
-                position_ids=positions.to(self.device),
+                self._there(ids),
+                attention_mask=self._there(mask[:, None]),
+                position_ids=self._there(positions),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the model is; a card takes it from pinned memory when it gets there, and nobody waits for that."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _plain_forward(self, prompts: list[list[int]], trees: list[Tree]) -> torch.Tensor:
         """The same states by the plain way: every path through a tree is a padded sequence of its own."""
@@ -542,8 +552,9 @@ class Engine:
         they are nodes but no actions. Answers and trees are extended in place. Returns the states of all nodes
         (keep: see `states`).
         """
-        places = []
+        places: list[list[list[int]]] = []  # per prompt and answer the nodes of its label's tree
         for tree, group in zip(trees, answers):
+            places.append([])
             for answer in group:
                 node = answer.nodes[-1]
                 if answer.tokens[-1] != self.tokenizer.eos_token_id:
@@ -554,20 +565,18 @@ class Engine:
                 where = [node]
                 for token, parent in zip(trie.tree.tokens[1:], trie.tree.parents[1:]):
                     where.append(tree.child(where[parent], token))
-                for inner in trie.decision_nodes:
-                    columns = (trie.mask[inner] == 0).nonzero()[:, 0].tolist()
-                    tree.allowed[where[inner]] = [trie.vocabulary[c] for c in columns]
-                places.append(where)
+                tree.allowed |= {where[inner]: tokens for inner, tokens in trie.allowed.items()}
+                places[-1].append(where)
                 answer.text += text
         states = self.states(prompts, trees, keep=keep)
-        place = iter(places)
+        at_labels = torch.cat([state[torch.tensor(where)] for state, where in zip(states, places)])
+        logits = self.logits(at_labels, trie.vocabulary)
+        all_log_probs = iter(trie.log_probs(logits, temperature or 1.0).cpu())  # of each answer (nodes, columns)
         seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else [None] * len(prompts)
-        for state, group, seed in zip(states, answers, seeds):
+        for group, wheres, seed in zip(answers, places, seeds):
             stream = None if seed is None else torch.Generator().manual_seed(seed)
-            for answer in group:
-                where = next(place)
-                log_probs = trie.log_probs(self.logits(state[where], trie.vocabulary), temperature or 1.0)
-                answer.label, path = trie.choose(log_probs.cpu(), stream)
+            for answer, where, log_probs in zip(group, wheres, all_log_probs):
+                answer.label, path = trie.choose(log_probs, stream)
                 answer.nodes += [where[inner] for inner, _ in path]
                 answer.tokens += [trie.vocabulary[column] for _, column in path]
                 answer.text += words[answer.label]
@@ -599,16 +608,12 @@ class Engine:
         fresh: list[list[int]] = [[0] for _ in prompts]  # nodes whose state is known and whose next token is not chosen
         latest = root[:, None]
         for step in range(max_new_tokens):
-            logits = self.logits(latest)  # (rows in batch, fresh nodes, vocabulary)
+            choices = self._choices([latest[place, : len(fresh[row])] for place, row in enumerate(rows)], temperature)
             new_nodes: list[list[int]] = []
-            for place, row in enumerate(rows):
-                where = {node: i for i, node in enumerate(fresh[row])}
+            for row, choice in zip(rows, choices):
+                where = dict(zip(fresh[row], choice))
                 last = step + 1 == max_new_tokens
-                new_nodes.append(
-                    self._choose(
-                        trees[row], answers[row], where, logits[place], temperature, streams[row], stop, step, last
-                    )
-                )
+                new_nodes.append(self._choose(trees[row], answers[row], where, streams[row], stop, step, last))
             going = [place for place, new in enumerate(new_nodes) if new]
             if not self._anyone(bool(going)):
                 break
@@ -632,7 +637,7 @@ class Engine:
             for place, row in enumerate(rows):
                 states[row].extend(latest[place, : len(fresh[row])])
         if keep and self._whole(self._batches(prompts, trees, prefix[0])):
-            del cache, latest, logits
+            del cache, latest
             with torch.enable_grad():
                 return grown(trees)
         return [torch.stack(s) for s in states]
@@ -661,10 +666,18 @@ class Engine:
         hidden = torch.zeros(len(rows), width, dtype=torch.bool)
         return latest, torch.cat([visible, hidden], dim=1)
 
-    def _choose(self, tree, answers, where, logits, temperature, stream, stop, step, last) -> list[int]:
+    def _choices(self, states: list[torch.Tensor], temperature: float) -> Iterator[torch.Tensor]:
+        """Per row its states (nodes, hidden) -> on the CPU (nodes, vocabulary) the probabilities to draw from, or with
+        temperature 0 (nodes,) the most probable token. A card is waited for once per group of rows, not per row."""
+        for group in grouped(states):
+            logits = self.logits(torch.cat([states[i] for i in group]))
+            best = torch.softmax(logits / temperature, -1) if temperature > 0 else logits.argmax(-1)
+            yield from best.cpu().split([len(states[i]) for i in group])
+
+    def _choose(self, tree, answers, where: dict[int, torch.Tensor], stream, stop, step, last) -> list[int]:
         """Choose the next token of every unfinished answer of one row; returns the nodes that must be computed next.
 
-        where: the row's fresh nodes and their line in logits (fresh nodes, vocabulary).
+        where: the row's fresh nodes and what `_choices` says of each.
         """
         groups: dict[int, list[Answer]] = {}
         for answer in answers:
@@ -674,11 +687,8 @@ class Engine:
         new: list[int] = []
         texts: dict[tuple[int, int], tuple[str, bool]] = {}
         for node, group in groups.items():
-            line = logits[where[node]]
-            if temperature > 0:
-                drawn = draw(torch.softmax(line / temperature, -1), len(group), stream)
-            else:
-                drawn = [int(line.argmax())] * len(group)
+            choice = where[node]
+            drawn = [int(choice)] * len(group) if stream is None else draw(choice, len(group), stream)
             for answer, token in zip(group, drawn):
                 answer.nodes.append(node)
                 answer.tokens.append(token)

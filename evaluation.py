@@ -198,11 +198,13 @@ def _predict(
         return [Prediction(a.text, label_of(task, a.label)) for (a,) in answers]
     predictions = []
     seeds = row_seeds(len(prompts), generator, first) if generator else [None] * len(prompts)
-    for states, seed in zip(engine.states(prompts, [trie.tree] * len(prompts)), seeds):
-        log_probs = trie.log_probs(engine.logits(states, trie.vocabulary), temperature or 1.0)
-        label, _ = trie.choose(log_probs, None if seed is None else torch.Generator().manual_seed(seed))
-        yes = trie.label_log_probs(log_probs[None])[0, -1].exp()
-        predictions.append(Prediction(task.words[label], label_of(task, label), float(yes)))
+    states = engine.states(prompts, [trie.tree] * len(prompts))
+    for group in grouped(states):
+        logits = engine.logits(torch.stack([states[i] for i in group]), trie.vocabulary)
+        log_probs = trie.log_probs(logits, temperature or 1.0).cpu()
+        for i, row, yes in zip(group, log_probs, trie.label_log_probs(log_probs)[:, -1].exp().tolist()):
+            label, _ = trie.choose(row, None if seeds[i] is None else torch.Generator().manual_seed(seeds[i]))
+            predictions.append(Prediction(task.words[label], label_of(task, label), yes))
     return predictions
 
 

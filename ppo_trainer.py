@@ -218,14 +218,15 @@ class PPOTrainer(RunTrainer, Trainer):
         """
         if self.trie is not None and not self.args.use_CoT:
             logits = self.engine.logits(states, self.trie.vocabulary) / self.args.temperature
-            return torch.log_softmax(logits + self.trie.mask.to(logits.device)[nodes], dim=-1)
+            self.trie.mask = self.trie.mask.to(logits.device)
+            return torch.log_softmax(logits + self.trie.mask[nodes], dim=-1)
         logits = self.engine.logits(states) / self.args.temperature
-        if any(tokens is not None for tokens in allowed):
+        limited = [line for line, tokens in enumerate(allowed) if tokens is not None]
+        if limited:
             mask = torch.zeros_like(logits)
-            for line, tokens in enumerate(allowed):
-                if tokens is not None:
-                    mask[line] = MASKED
-                    mask[line, tokens] = 0.0
+            mask[limited] = MASKED
+            lines, columns = zip(*((line, token) for line in limited for token in allowed[line]))
+            mask[list(lines), list(columns)] = 0.0
             logits = logits + mask
         return torch.log_softmax(logits, dim=-1)
 
@@ -326,24 +327,25 @@ class PPOTrainer(RunTrainer, Trainer):
         """
         args, trie = self.args, self.trie
         trees = [trie.tree] * len(prompts)
-        rewards = self._label_rewards(rows).to(args.device)  # (prompts, labels)
+        label_rewards = self._label_rewards(rows)  # (prompts, labels)
+        rewards = label_rewards.to(args.device)
         measured = self._measured(len(prompts))
         reference = torch.zeros_like(rewards)
         with torch.no_grad():
             for i, states in enumerate(self.engine.states(prompts[:measured], trees[:measured], reference=True)):
                 reference[i] = self._label_log_probs(states[None])[0]
         old = torch.zeros_like(rewards)
-        known = torch.zeros(len(rows), dtype=torch.bool)
+        known: set[int] = set()
 
         def update(mine: list[int], minibatch: list[int]) -> dict:
             sums: dict = {}
             for places, states in self.engine.training_batches([prompts[i] for i in mine], [trees[i] for i in mine]):
-                index = torch.tensor([mine[p] for p in places])
+                numbers = [mine[p] for p in places]
+                index = torch.tensor(numbers).to(args.device)
                 new = self._label_log_probs(states)  # (rows, labels)
-                fresh = index[~known[index]]
-                if len(fresh):
-                    old[fresh] = new.detach()[~known[index]]
-                    known[fresh] = True
+                if not known.issuperset(numbers):  # only in a row's first update, whose policy is the old one
+                    old[index] = new.detach()
+                    known.update(numbers)
                 before = old[index]
                 q = rewards[index] - args.kl_coef * (before - reference[index])
                 advantage = q - (before.exp() * q).sum(-1, keepdim=True)
@@ -382,7 +384,7 @@ class PPOTrainer(RunTrainer, Trainer):
         best = old.argmax(-1).tolist()
         self.episodes = [
             {"prompt": p, "answer": self.label_words[a], "reward": float(r[a]), "row": row}
-            for p, a, r, row in zip(prompts, best, rewards, rows)
+            for p, a, r, row in zip(prompts, best, label_rewards, rows)
         ]
         return sums["loss"] / passes
 
@@ -513,13 +515,13 @@ class PPOTrainer(RunTrainer, Trainer):
         prompt = torch.tensor([p for p, answer in flat for _ in answer.nodes])
         node = torch.tensor([n for _, answer in flat for n in answer.nodes])
         column = torch.tensor([column_of[t] if column_of else t for _, answer in flat for t in answer.tokens])
-        old, values = [], []
-        for p, (state, log_probs) in enumerate(zip(states, self.log_distributions(states, trees))):
-            mine = (prompt == p).nonzero()[:, 0]
-            old.append(log_probs[node[mine], column[mine]])
-            values.append(self.values(state)[node[mine]])
-        old, values = torch.cat(old), torch.cat(values)
-        kl = self._kl(prompts, trees, prompt, node, column, old)
+        actions = [sum(len(answer.nodes) for answer in group) for group in answers]  # per prompt
+        chosen = list(zip(*(x.to(args.device).split(actions) for x in (node, column))))
+        distributions = self.log_distributions(states, trees)
+        old = [log_probs[nodes, columns] for log_probs, (nodes, columns) in zip(distributions, chosen)]
+        values = torch.cat([self.values(state)[nodes] for state, (nodes, _) in zip(states, chosen)])
+        kl = self._kl(prompts, trees, chosen, old).cpu()
+        old = torch.cat(old)
         rewards, start = (-args.kl_coef * kl).tolist(), 0
         all_scores = processes.together(scores)
         equal = max(all_scores) - min(all_scores) < 1e-6
@@ -573,10 +575,10 @@ class PPOTrainer(RunTrainer, Trainer):
         trees = [self.trie.tree] * len(prompts)
         states = self.engine.states(prompts, trees, keep=keep)
         answers = []
-        for state, seed in zip(states, row_seeds(len(prompts), self.generator, self.first)):
+        logits = self.engine.logits(torch.stack(states), self.trie.vocabulary)
+        all_log_probs = self.trie.log_probs(logits, args.temperature).cpu()  # (prompts, nodes, columns)
+        for log_probs, seed in zip(all_log_probs, row_seeds(len(prompts), self.generator, self.first)):
             stream = torch.Generator().manual_seed(seed)
-            logits = self.engine.logits(state, self.trie.vocabulary)
-            log_probs = self.trie.log_probs(logits, args.temperature).cpu()
             group = []
             for _ in range(args.samples_per_prompt):
                 label, path = self.trie.choose(log_probs, stream)
@@ -595,15 +597,18 @@ class PPOTrainer(RunTrainer, Trainer):
                     return t
         return len(answer.tokens) - 1
 
-    def _kl(self, prompts, trees, prompt, node, column, old) -> torch.Tensor:
-        """(actions,) log-probability less the reference's (k1); on a few prompts if it is no part of the reward."""
+    def _kl(self, prompts, trees, chosen: list[tuple], old: list[torch.Tensor]) -> torch.Tensor:
+        """(actions,) log-probability less the reference's (k1); on a few prompts if it is no part of the reward.
+
+        Per prompt the (nodes, columns) of its actions, and their log-probabilities.
+        """
         measured = self._measured(len(prompts))
-        kl = torch.zeros_like(old)
         states = self.engine.states(prompts[:measured], trees[:measured], reference=True)
+        kl = [torch.zeros_like(x) for x in old]
         for p, log_probs in enumerate(self.log_distributions(states, trees)):
-            mine = (prompt == p).nonzero()[:, 0]
-            kl[mine] = old[mine] - log_probs[node[mine], column[mine]]
-        measures = processes.together([(float(kl.sum()), int((prompt < measured).sum()))])
+            kl[p] = old[p] - log_probs[chosen[p]]
+        kl = torch.cat(kl)
+        measures = processes.together([(float(kl.sum()), sum(map(len, old[:measured])))])
         total, actions = (sum(numbers) for numbers in zip(*measures))
         self._step_metrics["objective/kl"] = total / max(actions, 1)
         return kl

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 MASKED = -1e9
 
@@ -60,8 +61,9 @@ class LabelTrie:
     Attributes:
         tree: the nodes that must be known to choose among the labels; a forced token has none of its own.
         vocabulary: (tokens,) the token ids that may be chosen anywhere; all distributions are over these columns.
-        mask: (nodes, tokens), 0 where the column's token continues a label (or closes the answer), MASKED elsewhere.
-        decision_nodes: the nodes at which something is chosen; the others only lead to them.
+        mask: (nodes, tokens), 0 where the column's token continues a label (or closes the answer), MASKED elsewhere;
+            on the device where it was last needed.
+        allowed: the tokens that may be chosen, by node; the other nodes only lead to these.
         paths: for every label, the decisions [(node, column), ...] that lead to it.
     """
 
@@ -86,7 +88,7 @@ class LabelTrie:
                     choices[node] = options
                     path.append((node, token))
             decisions.append(path)
-        self.decision_nodes = sorted(choices)
+        self.allowed = {node: sorted(choices[node]) for node in sorted(choices)}
         self.vocabulary = sorted(set().union(*choices.values()))
         column = {token: i for i, token in enumerate(self.vocabulary)}
         # A finite number, so that probability times log-probability is 0 and not NaN for a masked token.
@@ -96,10 +98,15 @@ class LabelTrie:
         self.paths = [[(node, column[token]) for node, token in path] for path in decisions]
         self._next = {tuple(path[:t]): path[t][0] for path in self.paths for t in range(len(path))}
         self._label = {tuple(path): label for label, path in enumerate(self.paths)}
+        # (labels, decisions of the longest path): places in (nodes, columns); one behind the last adds nothing.
+        places = [[node * len(self.vocabulary) + at for node, at in path] for path in self.paths]
+        nothing, most = self.mask.numel(), max(map(len, places))
+        self._places = torch.tensor([path + [nothing] * (most - len(path)) for path in places])
 
     def log_probs(self, logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """(..., nodes, columns) logits of the vocabulary -> log-probs among the tokens that each node allows."""
-        return torch.log_softmax(logits / temperature + self.mask.to(logits.device), dim=-1)
+        self.mask = self.mask.to(logits.device)
+        return torch.log_softmax(logits / temperature + self.mask, dim=-1)
 
     def full_tree(self) -> tuple[Tree, list[list[tuple[int, int]]]]:
         """All spellings as a tree, forced tokens too, and per label its [(node, token), ...]; nothing closes them."""
@@ -115,14 +122,12 @@ class LabelTrie:
 
     def label_log_probs(self, log_probs: torch.Tensor) -> torch.Tensor:
         """(batch, nodes, columns) log-probs of decisions -> (batch, labels) log-probs of whole labels."""
-        columns = []
-        for path in self.paths:
-            nodes, tokens = zip(*path)
-            columns.append(log_probs[:, list(nodes), list(tokens)].sum(-1))
-        return torch.stack(columns, dim=-1)
+        self._places = self._places.to(log_probs.device)
+        flat = nn.functional.pad(log_probs.flatten(1), (0, 1))
+        return flat[:, self._places].sum(-1)
 
     def choose(self, log_probs: torch.Tensor, generator: torch.Generator | None) -> tuple[int, list[tuple[int, int]]]:
-        """(nodes, columns) log-probs of one row -> a label and its decisions [(node, column), ...].
+        """(nodes, columns) log-probs of one row, on the CPU -> a label and its decisions [(node, column), ...].
 
         Token by token, as generation would: sampled, or the most probable token each time if there is no generator.
         """
@@ -146,7 +151,7 @@ def row_seeds(count: int, generator: torch.Generator | None, first: int = 0) -> 
 
 
 def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | None) -> list[int]:
-    """`count` places drawn from (places,) probabilities, on the CPU. FloatingPointError if the network gave NaN."""
+    """`count` places drawn from (places,) probabilities on the CPU. FloatingPointError if the network gave NaN."""
     if not bool(torch.isfinite(probabilities).all()):
         raise FloatingPointError("the model's probabilities are not finite")
-    return torch.multinomial(probabilities.cpu(), count, replacement=True, generator=generator).tolist()
+    return torch.multinomial(probabilities, count, replacement=True, generator=generator).tolist()

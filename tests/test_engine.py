@@ -411,6 +411,18 @@ def test_states_of_generation_are_those_of_its_trees(kind, tokenizer):
         assert error(found, expected) < 1e-4
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_all_rows_wait_together_for_their_next_tokens(temperature, tokenizer, monkeypatch):
+    """One copy to the CPU per token of the answers, however many rows and samples there are, and no single number."""
+    engine, copies = Engine(with_lora(tiny_model()), tokenizer), []
+    prompts = [tokens("Text: red w1 Answer:"), tokens("Text: blue Answer:"), tokens("Text: w4 w5 w6 Answer:")]
+    to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or to_cpu(tensor))
+    generator = torch.Generator().manual_seed(0)
+    _, answers, _ = engine.generate(prompts, never, 5, 4 if temperature else 1, temperature, generator)
+    assert len(copies) == max(len(a.tokens) for group in answers for a in group) == 5
+
+
 @pytest.mark.usefixtures("any_prefix")
 @pytest.mark.parametrize("case", ["prefix", "no prefix", "one row"])
 @pytest.mark.parametrize("kind", [*KINDS, "mpt"])
