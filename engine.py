@@ -19,13 +19,10 @@ same tree, so the prompt is pushed through the network once, however many answer
 """
 
 import contextlib
-import ctypes
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import psutil
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -34,13 +31,13 @@ from transformers.cache_utils import DynamicLayer
 import attention
 import feedforward
 import lora
+import memory
 import processes
 import sharding
 from models import ModelError
 from trees import Answer, LabelTrie, Tree, draw, row_seeds
 
 TOKENS_PER_MICRO_BATCH = 1024
-SMALLEST_BUDGET = 16  # tokens: less than any prompt, so one row at a time
 Result = TypeVar("Result")
 
 
@@ -86,26 +83,12 @@ def grouped(states: list[torch.Tensor], most: int = 128) -> Iterator[range]:
         yield range(start, len(states))
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed (it does nothing elsewhere).
-
-    It would give a micro-batch's memory back to the system when its backward ends, and the next one would get it again
-    page by page, each filled with zeros: a tenth of a training step's time on two cores.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-        # Older ones take no more than 32 MiB; and to set only the first would keep their threshold at 128 KiB.
-        if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
-            mallopt(trim_threshold, 2**31 - 1)
-
-
 class Engine:
     """States and answers of `model` (a causal language model, with or without a LoRA adapter)."""
 
     def __init__(self, model: nn.Module, tokenizer, tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH):
         self.model = model
-        keep_freed_memory()
+        memory.keep_freed()
         lora.fuse(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = causal_lm.base_model
@@ -152,7 +135,7 @@ class Engine:
             try:
                 return work()
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if not memory.ran_out(error):
                     raise
                 message = str(error).splitlines()[0][:100]
             # Only here is the traceback gone, and with it the tensors that its frames hold.
@@ -160,7 +143,7 @@ class Engine:
                 torch.cuda.empty_cache()
             if self.in_step:
                 raise MemoryError(f"out of memory ({message}), and with weights cut up none can begin again alone")
-            if self.tokens_per_micro_batch <= SMALLEST_BUDGET:
+            if self.tokens_per_micro_batch <= memory.SMALLEST_BUDGET:
                 raise MemoryError(f"out of memory with one row at a time ({message})")
             self.tokens_per_micro_batch //= 2
             print(f"Out of memory: going on with micro-batches of {self.tokens_per_micro_batch} tokens.", flush=True)
@@ -749,45 +732,6 @@ class Engine:
         self.packed, self.apart_from = usual
         self.plain = reason is not None
         return reason
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that memory ran out, on the card or off it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-
-
-def training_tokens(model: nn.Module, keeps: bool = False) -> int:
-    """How many tokens of this model may go through the network at once in training: what half the free memory holds.
-
-    A token keeps at most 32 hidden and 12 feed-forward vectors a layer (SmolLM2-135M-Instruct with LoRA on all linear
-    layers: half of that on a CPU). On a CPU more than 512 tokens only cost memory, but where the forward of a rollout
-    is kept (`keeps`) a rollout of up to 2,048 tokens saves its second one; on a card more than 16,384 gain nothing.
-    """
-    hidden, inner, layers = _sizes(model)
-    return _fitting_tokens(model, layers * (32 * hidden + 12 * inner), 16384, 2048 if keeps else 512)
-
-
-def asking_tokens(model: nn.Module) -> int:
-    """The same without gradients: a token keeps its keys and values, and what is computed in one layer at a time."""
-    hidden, inner, layers = _sizes(model)
-    return _fitting_tokens(model, 2 * layers * hidden + 32 * hidden + 12 * inner, 8192, 2048)
-
-
-def _sizes(model: nn.Module) -> tuple[int, int, int]:
-    """Hidden size, size of the feed-forward layer, and number of layers."""
-    config = model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return config.hidden_size, inner, config.num_hidden_layers
-
-
-def _fitting_tokens(model: nn.Module, numbers: int, most_on_card: int, most_on_cpu: int) -> int:
-    """Tokens of so many numbers each; rounded down to a power of two, so that the same machine gives the same
-    micro-batches."""
-    weight = model.get_input_embeddings().weight
-    cuda = weight.device.type == "cuda"
-    free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
-    fits = free // 2 // (numbers * weight.element_size())
-    return 1 << (int(min(max(fits, SMALLEST_BUDGET), most_on_card if cuda else most_on_cpu)).bit_length() - 1)
 
 
 def _branches(tree: Tree, prompt: int) -> torch.Tensor | None:

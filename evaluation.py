@@ -12,7 +12,8 @@ import prompts
 import rewards
 import sharding
 from arguments import Arguments
-from engine import Engine, asking_tokens, grouped
+from engine import Engine, grouped
+from memory import asking_tokens
 from models import ModelError
 from tasks import Task
 from trees import Answer, LabelTrie, row_seeds

@@ -23,7 +23,7 @@ import runs
 import splits
 import tracking
 from arguments import ArgumentError, Arguments, divisible, get_task, one_of, parse
-from engine import training_tokens
+from memory import training_tokens
 from ppo_trainer import PPOConfig, PPOTrainer
 from tasks import Task
 

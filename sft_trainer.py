@@ -13,7 +13,8 @@ from trl import SFTConfig, SFTTrainer
 
 import processes
 from checkpoints import RunTrainer, TrainingError
-from engine import Engine, training_tokens
+from engine import Engine
+from memory import training_tokens
 from trees import Tree
 
 IGNORED = -100  # label of a token without loss

@@ -13,7 +13,8 @@ from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_l
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import attention
-from engine import Engine, asking_tokens, common_prefix, grouped, micro_batches, training_tokens
+from engine import Engine, common_prefix, grouped, micro_batches
+from memory import asking_tokens, training_tokens
 from models import ModelError
 from trees import MASKED, Answer, LabelTrie, Tree
 
