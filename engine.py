@@ -20,7 +20,7 @@ same tree, so the prompt is pushed through the network once, however many answer
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import TypeVar
 
 import torch
@@ -70,9 +70,9 @@ def micro_batches(lengths: list[int], budget: int, packed: bool = False) -> list
     return batches
 
 
-def grouped(states: list[torch.Tensor], most: int = 128) -> Iterator[range]:
-    """Prompts whose states (nodes, hidden) meet the vocabulary at once, at most so many nodes (at least one prompt):
-    its weights, the largest matrix of a small model, are read once for all of them."""
+def grouped(states: list[Sized], most: int = 128) -> Iterator[range]:
+    """Prompts whose states (nodes, hidden), or nodes, meet the vocabulary at once, at most so many nodes (at least one
+    prompt): its weights, the largest matrix of a small model, are read once for all of them."""
     start = nodes = 0
     for i, state in enumerate(states):
         if nodes and nodes + len(state) > most:
@@ -258,7 +258,7 @@ class Engine:
         up weights."""
         self.tokens_computed += len(ids)
         cache = DynamicCache()
-        ids = torch.tensor([ids], device=self.device)
+        ids = self.there(torch.tensor([ids]))
         nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
         with feedforward.only(self.last_feedforward, nowhere):
             states = self.backbone(ids, past_key_values=cache, use_cache=True).last_hidden_state
@@ -399,9 +399,9 @@ class Engine:
         cache = self._cache(pairs, rows)
         nodes_of = torch.arange(width, width + nodes).expand(rows, nodes)
         read = torch.arange(rows)[:, None] * (width + nodes) + torch.cat([sizes[:, None] - 1, nodes_of], dim=1)
+        read = self.there(read)  # (rows, nodes)
         hidden = self._run_blocks(ids, mask, positions, cache, read.flatten())
-        last = hidden[torch.arange(rows, device=hidden.device), (sizes - 1).to(hidden.device)]
-        return torch.cat([last[:, None], hidden[:, width:]], dim=1), lambda: cache, None
+        return hidden.flatten(0, 1)[read], lambda: cache, None
 
     def _run_blocks(self, ids, mask, positions, cache: DynamicCache, read: torch.Tensor | None = None) -> torch.Tensor:
         """ids, positions (rows, tokens) and mask (rows, tokens, all tokens so far) -> states (rows, tokens, hidden).
@@ -409,7 +409,7 @@ class Engine:
         read: (n,) the tokens whose states are wanted, counted through the rows; None: all of them.
         """
         with contextlib.ExitStack() as stack:
-            read = None if read is None else self._there(read)
+            read = None if read is None else self.there(read)
             stack.enter_context(feedforward.only(self.last_feedforward, read))
             kind = type(cache.layers[0]) if cache.layers else None
             if kind is attention.PackedLayer:
@@ -419,16 +419,17 @@ class Engine:
                 own = mask[:, :, cache.layers[0].prefix[0].shape[2] :]
                 mask = torch.zeros(own.shape).masked_fill(~own, -torch.inf)
             return self.backbone(
-                self._there(ids),
-                attention_mask=self._there(mask[:, None]),
-                position_ids=self._there(positions),
+                self.there(ids),
+                attention_mask=self.there(mask[:, None]),
+                position_ids=self.there(positions),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
 
-    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Where the model is; a card takes it from pinned memory when it gets there, and nobody waits for that."""
-        if self.device.type == "cuda":
+    def there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the model is; a card takes it from pinned memory when it gets there, and nobody waits for that (`to`
+        alone would wait for all that the card has still to do)."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
@@ -443,15 +444,15 @@ class Engine:
                     owners.append((row, node))
         width, pad = max(map(len, sequences)), self.tokenizer.pad_token_id
         self.tokens_computed += width * len(sequences)
-        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self.device)
-        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self.device)
+        ids = self.there(torch.tensor([s + [pad] * (width - len(s)) for s in sequences]))
+        mask = self.there(torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences]))
         hidden = self.backbone(ids, attention_mask=mask, use_cache=False).last_hidden_state
         where: list[list] = [[(0, 0)] * max(map(len, trees)) for _ in prompts]
         for sequence, (row, node) in enumerate(owners):
             while node >= 0:
                 where[row][node] = (sequence, len(prompts[row]) - 1 + trees[row].depths[node])
                 node = trees[row].parents[node]
-        index = torch.tensor(where, device=hidden.device)
+        index = self.there(torch.tensor(where))
         return hidden[index[..., 0], index[..., 1]]
 
     # --------------------------------------------------------------------------------------------- generation
@@ -552,18 +553,19 @@ class Engine:
                 places[-1].append(where)
                 answer.text += text
         states = self.states(prompts, trees, keep=keep)
-        at_labels = torch.cat([state[torch.tensor(where)] for state, where in zip(states, places)])
-        logits = self.logits(at_labels, trie.vocabulary)
-        all_log_probs = iter(trie.log_probs(logits, temperature or 1.0).cpu())  # of each answer (nodes, columns)
         seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else [None] * len(prompts)
-        for group, wheres, seed in zip(answers, places, seeds):
-            stream = None if seed is None else torch.Generator().manual_seed(seed)
-            for answer, where, log_probs in zip(group, wheres, all_log_probs):
-                answer.label, path = trie.choose(log_probs, stream)
-                answer.nodes += [where[inner] for inner, _ in path]
-                answer.tokens += [trie.vocabulary[column] for _, column in path]
-                answer.text += words[answer.label]
-                answer.ended = True
+        for group in grouped([sum(wheres, []) for wheres in places]):
+            at_labels = torch.cat([states[i][torch.tensor(places[i])] for i in group])  # (answers, nodes, hidden)
+            logits = self.logits(at_labels, trie.vocabulary)
+            all_log_probs = iter(trie.log_probs(logits, temperature or 1.0).cpu())
+            for i in group:
+                stream = None if seeds[i] is None else torch.Generator().manual_seed(seeds[i])
+                for answer, where, log_probs in zip(answers[i], places[i], all_log_probs):
+                    answer.label, path = trie.choose(log_probs, stream)
+                    answer.nodes += [where[inner] for inner, _ in path]
+                    answer.tokens += [trie.vocabulary[column] for _, column in path]
+                    answer.text += words[answer.label]
+                    answer.ended = True
         return states
 
     def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams, keep):
@@ -593,7 +595,7 @@ class Engine:
         for step in range(max_new_tokens):
             choices = self._choices([latest[place, : len(fresh[row])] for place, row in enumerate(rows)], temperature)
             new_nodes: list[list[int]] = []
-            for row, choice in zip(rows, choices):
+            for choice, row in zip(choices, rows):  # in this order `choices` comes to its end, and frees what it holds
                 where = dict(zip(fresh[row], choice))
                 last = step + 1 == max_new_tokens
                 new_nodes.append(self._choose(trees[row], answers[row], where, streams[row], stop, step, last))
@@ -620,7 +622,7 @@ class Engine:
             for place, row in enumerate(rows):
                 states[row].extend(latest[place, : len(fresh[row])])
         if keep and self._whole(self._batches(prompts, trees, prefix[0])):
-            del cache, latest
+            del cache, latest, choice, where
             with torch.enable_grad():
                 return grown(trees)
         return [torch.stack(s) for s in states]

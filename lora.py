@@ -1,11 +1,11 @@
-"""LoRA's linear layer with less work: the same numbers as peft's, in fewer passes over memory.
+"""LoRA's linear layer with less work: in float32 the same numbers as peft's, in fewer passes over memory.
 
 peft computes `base(x) + lora_B(lora_A(x)) * scaling` as five operations, each with an output of its own that autograd
 may keep. Here the low-rank part is added into the base layer's output in place, its gradient into the input's in place,
 and only the input and the (tokens, r) middle are kept. Over a base in bfloat16, as on a card, peft turns every
-layer's input into float32 and multiplies it with A and B in that; here these two are rounded to the base's type, as
-under autocast, and their gradients, sums over all tokens, are handed over in float32, in which they are kept and
-trained. (LoRA: https://arxiv.org/abs/2106.09685)
+layer's input into float32 and multiplies it with A and B in that. Here these two are rounded to the base's type, as
+under autocast, and so are their gradients, which add up and are applied in float32.
+(LoRA: https://arxiv.org/abs/2106.09685)
 """
 
 import torch
@@ -17,13 +17,12 @@ class LowRankLinear(torch.autograd.Function):
     """x W^T + bias + scaling (x A^T) B^T.
 
     x (..., in); frozen: W (out, in) and bias (out,) or None, of x's type; trained: A (r, in) and B (out, r), of that
-    type or a wider one.
+    type or float32.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         flat = x.reshape(-1, x.shape[-1])
-        ctx.trained = a.dtype
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = flat @ a.T
         ctx.save_for_backward(flat, weight, a, b, low)
@@ -39,15 +38,14 @@ class LowRankLinear(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ weight).addmm_(low_gradient, a).view(ctx.shape)
-        of_a, of_b = low_gradient.T @ flat, (gradient.T @ low).mul_(ctx.scaling)
-        return of_x, None, None, of_a.to(ctx.trained), of_b.to(ctx.trained), None
+        return of_x, None, None, low_gradient.T @ flat, (gradient.T @ low).mul_(ctx.scaling), None
 
 
 def fuse(model: nn.Module) -> int:
     """Let the LoRA layers of a peft model compute in this way. Returns how many.
 
     A layer that has more to it (several adapters, dropout, 8-bit weights, a variant such as DoRA, a base layer cut up
-    by DeepSpeed, data types other than one for all or float32 over a shorter one) stays as it is. While an adapter is
+    by DeepSpeed, data types other than one for all or float32 over bfloat16) stays as it is. While an adapter is
     switched off or merged, its layers compute in peft's way.
     """
     fused = 0
@@ -69,7 +67,7 @@ def _plain(layer: Linear) -> bool:
         and name not in layer.lora_variant
         and not layer.base_layer.weight.requires_grad
         and not hasattr(layer.base_layer.weight, "ds_id")  # DeepSpeed's: there only while the base layer computes
-        and (trained == {base} or trained == {torch.float32} and base in (torch.bfloat16, torch.float16))
+        and (trained == {base} or trained == {torch.float32} and base == torch.bfloat16)
     )
 
 

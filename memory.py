@@ -12,7 +12,8 @@ SMALLEST_BUDGET = 16  # tokens: less than any prompt, so one row at a time
 
 def ran_out(error: BaseException) -> bool:
     """Whether this error says that memory ran out, on the card or off it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in ("allocate memory", "CUDA error: out of memory"))
 
 
 def training_tokens(model: nn.Module, keeps: bool = False) -> int:

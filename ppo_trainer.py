@@ -217,16 +217,15 @@ class PPOTrainer(RunTrainer, Trainer):
         One distribution for sampling, old, new and reference log-probabilities: same temperature, same mask.
         """
         if self.trie is not None and not self.args.use_CoT:
-            logits = self.engine.logits(states, self.trie.vocabulary) / self.args.temperature
-            self.trie.mask = self.trie.mask.to(logits.device)
-            return torch.log_softmax(logits + self.trie.mask[nodes], dim=-1)
+            logits = self.engine.logits(states, self.trie.vocabulary)
+            return self.trie.log_probs(logits, self.args.temperature, nodes)
         logits = self.engine.logits(states) / self.args.temperature
         limited = [line for line, tokens in enumerate(allowed) if tokens is not None]
         if limited:
             mask = torch.zeros_like(logits)
-            mask[limited] = MASKED
-            lines, columns = zip(*((line, token) for line in limited for token in allowed[line]))
-            mask[list(lines), list(columns)] = 0.0
+            mask[self.engine.there(torch.tensor(limited))] = MASKED
+            places = torch.tensor([(line, token) for line in limited for token in allowed[line]])
+            mask[tuple(self.engine.there(places.T))] = 0.0
             logits = logits + mask
         return torch.log_softmax(logits, dim=-1)
 
@@ -328,7 +327,7 @@ class PPOTrainer(RunTrainer, Trainer):
         args, trie = self.args, self.trie
         trees = [trie.tree] * len(prompts)
         label_rewards = self._label_rewards(rows)  # (prompts, labels)
-        rewards = label_rewards.to(args.device)
+        rewards = self.engine.there(label_rewards)
         measured = self._measured(len(prompts))
         reference = torch.zeros_like(rewards)
         with torch.no_grad():
@@ -341,7 +340,7 @@ class PPOTrainer(RunTrainer, Trainer):
             sums: dict = {}
             for places, states in self.engine.training_batches([prompts[i] for i in mine], [trees[i] for i in mine]):
                 numbers = [mine[p] for p in places]
-                index = torch.tensor(numbers).to(args.device)
+                index = self.engine.there(torch.tensor(numbers))
                 new = self._label_log_probs(states)  # (rows, labels)
                 if not known.issuperset(numbers):  # only in a row's first update, whose policy is the old one
                     old[index] = new.detach()
@@ -449,7 +448,7 @@ class PPOTrainer(RunTrainer, Trainer):
                 pairs, line = torch.unique(torch.stack([place, rollout.node[index]]), dim=1, return_inverse=True)
                 allowed = [rollout.trees[mine[places[p]]].allowed.get(n) for p, n in pairs.T.tolist()]
                 # All of that is worked out on the CPU, so that it need not wait for a card.
-                index, line, pairs = (x.to(args.device) for x in (index, line, pairs))
+                index, line, pairs = (self.engine.there(x) for x in (index, line, pairs))
                 at_node = states[pairs[0], pairs[1]]  # (states, hidden)
                 log_probs = self._log_softmax(at_node, allowed, pairs[1])  # (states, columns)
                 new = log_probs[line, rollout.column[index]]  # (actions,)
@@ -495,9 +494,10 @@ class PPOTrainer(RunTrainer, Trainer):
         """
         if self.trie is None:
             paid = (nodes == 0) & (not self.args.use_CoT and len(self.first_tokens) > 1)
-            log_probs = torch.log_softmax(log_probs[:, self.first_tokens], dim=-1)
+            first = self.engine.there(torch.tensor(self.first_tokens))
+            log_probs = torch.log_softmax(log_probs[:, first], dim=-1)
         elif self.args.use_CoT:
-            paid = torch.tensor([tokens is not None for tokens in allowed], device=log_probs.device)
+            paid = self.engine.there(torch.tensor([tokens is not None for tokens in allowed]))
         else:
             paid = torch.ones_like(nodes, dtype=torch.bool)
         return -(log_probs.exp() * log_probs).sum(-1) * paid, paid
@@ -689,17 +689,18 @@ class PPOTrainer(RunTrainer, Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model):
-        """Clip policy and critic apart, so that a surprised critic does not shrink the policy's step."""
-        for group in self.optimizer.param_groups:
-            norm = nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
-            if not torch.isfinite(norm):
+        """Clip policy and critic apart, so that a surprised critic does not shrink the policy's step. A gradient that
+        is not finite must stop the run before the weights change, so here a card is waited for, once per update."""
+        norms = [
+            nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm) for group in self.optimizer.param_groups
+        ]
+        for norm in torch.stack(norms).tolist():
+            if not math.isfinite(norm):
                 raise TrainingError(
-                    f"the gradient is {float(norm)} at step {self.state.global_step + 1}; "
+                    f"the gradient is {norm} at step {self.state.global_step + 1}; "
                     f"{self._last_checkpoint_text()}. Lower --learning_rate"
                 )
-            if group is self.optimizer.param_groups[0]:
-                policy_norm = norm
-        return policy_norm
+        return norms[0]
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -103,10 +103,13 @@ class LabelTrie:
         nothing, most = self.mask.numel(), max(map(len, places))
         self._places = torch.tensor([path + [nothing] * (most - len(path)) for path in places])
 
-    def log_probs(self, logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """(..., nodes, columns) logits of the vocabulary -> log-probs among the tokens that each node allows."""
+    def log_probs(self, logits: torch.Tensor, temperature: float = 1.0, nodes=slice(None)) -> torch.Tensor:
+        """(..., nodes, columns) logits of the vocabulary -> log-probs among the tokens that each node allows.
+
+        nodes: which ones they are, if they are not all of them in their order.
+        """
         self.mask = self.mask.to(logits.device)
-        return torch.log_softmax(logits / temperature + self.mask, dim=-1)
+        return torch.log_softmax(logits / temperature + self.mask[nodes], dim=-1)
 
     def full_tree(self) -> tuple[Tree, list[list[tuple[int, int]]]]:
         """All spellings as a tree, forced tokens too, and per label its [(node, token), ...]; nothing closes them."""

@@ -414,7 +414,7 @@ def test_states_of_generation_are_those_of_its_trees(kind, tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_all_rows_wait_together_for_their_next_tokens(temperature, tokenizer, monkeypatch):
-    """One copy to the CPU per token of the answers, however many rows and samples there are, and no single number."""
+    """One copy to the CPU per token of the answers, not one per row or sample."""
     engine, copies = Engine(with_lora(tiny_model()), tokenizer), []
     prompts = [tokens("Text: red w1 Answer:"), tokens("Text: blue Answer:"), tokens("Text: w4 w5 w6 Answer:")]
     to_cpu = torch.Tensor.cpu
@@ -700,6 +700,7 @@ def test_a_judgement_after_a_free_analysis(kind, tokenizer):
     trees, answers, _ = engine.generate(prompts, lambda text: "w9" in text, 5, 8, 3.0, generator)
     analyses = [[(a.text, list(a.tokens), a.ended) for a in group] for group in answers]
     link = tokens("Answer: w30")
+    assert engine.judge([], [], [], trie, words, lambda a: (link, "")) == []  # a process may have no rows
     states = engine.judge(prompts, trees, answers, trie, words, lambda a: (link, " Answer: w30 "), 1.0, generator)
     plain = plain_logits(model, prompts, trees)
     ends = set()

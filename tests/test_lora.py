@@ -91,20 +91,20 @@ def in_two_types(base: torch.dtype, adapter: torch.dtype) -> nn.Module:
     return model
 
 
-def test_an_adapter_in_float32_over_bfloat16_is_trained_in_float32():
+def test_an_adapter_in_float32_over_bfloat16_is_about_as_exact_as_peft_s():
     """As far from float32 throughout as peft's way is, which rounds in other places."""
     exact, (expected, wanted) = with_adapter(), logits_and_gradients(with_adapter())
     model = in_two_types(torch.bfloat16, torch.float32)
     logits, gradients = logits_and_gradients(model)
     assert lora.fuse(model) == sum(type(m) is lora.Linear for m in exact.modules())
     fused_logits, fused_gradients = logits_and_gradients(model)
-    assert not torch.equal(fused_logits, logits) and all(g.dtype == torch.float32 for g in fused_gradients)
+    assert not torch.equal(fused_logits, logits)
     assert error(fused_logits, expected) < 1.5 * error(logits.float(), expected) < 0.1
     flat, peft_s, right = (torch.cat([g.flatten() for g in each]) for each in (fused_gradients, gradients, wanted))
     assert error(flat, right) < 1.5 * error(peft_s, right) < 0.2
 
 
-@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
 def test_other_pairs_of_data_types_stay_as_they_are(types):
     assert lora.fuse(in_two_types(*types)) == 0
 

@@ -340,15 +340,23 @@ def test_an_update_that_runs_out_of_memory_is_begun_again(mode, tmp_path):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-5) and error(found[1][1], found[0][1]) < 1e-4
 
 
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a card"))])  # fmt: skip
 @pytest.mark.parametrize("mode", [*MODES, "expected"])
-def test_nothing_in_an_update_waits_for_a_card(mode, tmp_path, monkeypatch):
-    """Torch's meta device has no numbers: whoever asks for one there gets an error, and on a card would wait for it."""
+def test_nothing_in_an_update_waits_for_a_card(mode, device, tmp_path, monkeypatch):
+    """Torch's meta device has no numbers, so reading one there is an error; a card also notices copies that wait."""
 
     class Done(Exception):
         pass
 
     def one_update(count, update):
-        raise Done(update(list(range(count)), list(range(count))))
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            raise Done(update(list(range(count)), list(range(count))))
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
 
     config = {"policy_gradient": "expected", "entropy_coef": 0.1, "kl_coef": 0.1}
     trainer = make_trainer(tmp_path, config=config) if mode == "expected" else mode_trainer(tmp_path, mode)
@@ -359,16 +367,16 @@ def test_nothing_in_an_update_waits_for_a_card(mode, tmp_path, monkeypatch):
         rollout = trainer._rollout(rows, prompts)
         rollout.kept = None
         for name in ("column", "log_probs", "values", "advantages", "returns"):
-            setattr(rollout, name, getattr(rollout, name).to("meta"))
+            setattr(rollout, name, getattr(rollout, name).to(device))
         monkeypatch.setattr(trainer, "_rollout", lambda rows, prompts: rollout)
-    trainer.model.to("meta")
-    trainer.engine.packed = False  # that is for the CPU
-    monkeypatch.setattr(PPOConfig, "device", torch.device("meta"))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)  # does not know this device
+    trainer.model.to(device)
+    trainer.engine.packed, trainer.engine._columns = False, {}  # rows are packed on the CPU only
+    monkeypatch.setattr(PPOConfig, "device", torch.device(device))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)  # knows no meta device
     monkeypatch.setattr(trainer, "_updates", one_update)
     with pytest.raises(Done) as done:
         (trainer._expected_step if mode == "expected" else trainer._sampled_step)(rows, prompts)
-    assert done.value.args[0]["loss"].device.type == "meta"
+    assert done.value.args[0]["loss"].device.type == device
     assert all(p.grad is not None for n, p in trainer.model.named_parameters() if "lora_" in n)
 
 
