@@ -309,7 +309,11 @@ def test_test_script_fails_if_a_check_fails(checkout: Checkout):
     run = checkout.run("test", "-k", "name")
     assert run.returncode == 0, run.stderr
     called = [" ".join(json.loads(line)[0]) for line in run.stdout.splitlines()]
-    assert called == ["-m ruff check .", "-m ruff format --check .", "-m pytest -n 2 --dist loadfile -k name"]
+    assert called == [
+        "-m ruff check .",
+        "-m ruff format --check .",
+        "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k name",
+    ]
     stand_in = checkout.venv / "bin" / "python"
     stand_in.write_text(stand_in.read_text().replace('"-m pip")', '"-m ruff") exit 3 ;;\n    "-m pip")'))
     run = checkout.run("test", PYTHON="")
