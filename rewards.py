@@ -13,8 +13,8 @@ underscore or apostrophe. Such an answer is complete at
 - the end of the sequence (`ended`).
 
 An answer that could still grow into a longer one ("4." into "4.5", "not" into "not_entailment") is not complete
-before the next character decides. With `strict_format` only the word and its closing tag count, with nothing but
-white space between them.
+before the next character decides. A number is complete with its third decimal, and what follows is not read. With
+`strict_format` only the word and its closing tag count, with nothing but white space between them.
 
 Three properties hold for every text and are tested:
 
@@ -38,8 +38,10 @@ ANALYSIS_END = "</Analysis>"
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines breaks
 # Punctuation that joins words instead of ending them. U+FFFD is half of a character whose other bytes are to come.
 JOINING = "-\u2010\u2011'\u2018\u2019`\u00b4\ufffd"
-NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
-NUMBER_PREFIX = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?)?")
+# To three decimals, as leaderboards take it: a policy that may write more of them learns to, for they cost it nothing.
+NUMBER = re.compile(r"[0-9]+(?:\.[0-9]{1,3})?")
+NUMBER_PREFIX = re.compile(r"(?:[0-9]+(?:\.[0-9]{0,2})?)?")
+WHOLE_NUMBER = re.compile(r"[0-9]+\.[0-9]{3}")
 NUMBER_RANGE = (0.0, 5.0)
 LINE_BREAK_OR_END = re.compile(f"[{LINE_BREAKS}]|{re.escape(JUDGEMENT_END)}")
 
@@ -82,9 +84,14 @@ def _whole_label(task: Task, text: str, start: int) -> tuple[int | float, int] |
         head = fold(text[start : start + longest])
         found = [(label, start + len(word)) for word, label in words if head.startswith(word)]
     for label, end in found:
-        if end == len(text) or text[end].isspace() or _is_punctuation(text[end]):
+        if end == len(text) or text[end].isspace() or _is_punctuation(text[end]) or _decided(task, text, start, end):
             return label, end
     return None
+
+
+def _decided(task: Task, text: str, start: int, end: int) -> bool:
+    """Whether nothing that follows the word can change it: a number with all its decimals."""
+    return task.number and WHOLE_NUMBER.fullmatch(text, start, end) is not None
 
 
 def _may_grow(task: Task, text: str, start: int) -> bool:
@@ -119,7 +126,8 @@ def _read(
         hopeless = not complete and (ended or not (may_grow or JUDGEMENT_END.startswith(rest)))
     else:
         punctuated = end < len(text) and _is_punctuation(text[end])
-        complete = ended or (not may_grow and (punctuated or LINE_BREAK_OR_END.search(text, end) is not None))
+        settled = punctuated or _decided(task, text, start, end) or LINE_BREAK_OR_END.search(text, end) is not None
+        complete = ended or (not may_grow and settled)
         hopeless = False
     return (label, end, False) if complete else (None, None, hopeless)
 

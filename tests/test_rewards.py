@@ -84,6 +84,10 @@ def test_longest_whole_word_wins(text, label):
         ("4. Because", 4.0),
         ("4.25</Judgement>", 4.25),
         ("4.5.", 4.5),
+        ("4.2567", 4.256),
+        ("4.50000000", 4.5),
+        ("9.9999", 5.0),
+        ("4.250x", 4.25),
         (" 0\n", 0.0),
         ("17", 5.0),
         ("9" * 5000, 5.0),
@@ -132,6 +136,9 @@ def test_numbers(text, number):
         (STSB, "4.x", True),
         (STSB, "4.5", False),
         (STSB, "4.5.", True),
+        (STSB, "4.50", False),
+        (STSB, "4.500", True),
+        (STSB, "4.5000", True),
         (STSB, "4\n", True),
     ],
 )
@@ -165,6 +172,8 @@ def test_an_answer_that_was_cut_off_does_not_count():
         (STSB, "", False),
         (STSB, "4", False),
         (STSB, "4.", False),
+        (STSB, "4.50x", True),
+        (STSB, "4.500x", False),
         (STSB, "4.5x", True),
         (STSB, "4-", True),
         (STSB, "-", True),
@@ -187,6 +196,8 @@ def test_strict_format_takes_the_closing_tag_alone():
         assert is_hopeless(SST, text, strict_format=True)
     assert parse(STSB, "4.5</Judgement>", strict_format=True) == 4.5
     assert parse(STSB, "4.</Judgement>", strict_format=True) is None
+    assert parse(STSB, "4.256</Judgement>", strict_format=True) == 4.256
+    assert is_hopeless(STSB, "4.2567", strict_format=True)
 
 
 def test_chain_of_thought_reads_the_first_judgement_after_the_analysis():
@@ -222,7 +233,7 @@ def test_every_word_is_understood(task):
 
 PIECES = (
     *("yes", "no", "not", "_entailment", "maybe", "positive", "neg", "ative", "acceptable", "un", "n/", "a", "YES"),
-    *("4", "4.", ".5", "5.0", "12", "<Judgement>", "</Judgement>", "</", "Judgement>", "</Analysis>", "<Analysis>"),
+    *("4", "4.", ".5", "5.0", "125", "<Judgement>", "</Judgement>", "</", "Judgement>", "</Analysis>", "<Analysis>"),
     *(" ", "\n", "\r", "\u2028", "\xa0", ".", ",", "-", "_", "'", "’", "<", "İ", "ς", "Σ", "ſ", "\u0301", "\ufffd"),
 )
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=7).map("".join)
