@@ -92,6 +92,10 @@ def scoring_inputs(shots: int, rows: int) -> tuple[str, tuple[str, ...]]:
     return folder, ("scoring", folder, "--shots", str(shots), "--rows", str(rows))
 
 
+def micro_batched(name: str, plan: Plan) -> str:
+    return f"{name}, micro-batches of {plan.micro_batch}"
+
+
 def cost_jobs(plan: Plan) -> Iterator[Job]:
     """a: the same rows, prompts, adapter, response length and PPO epochs for every program."""
     seed = plan.seeds[0]
@@ -121,9 +125,7 @@ def cost_jobs(plan: Plan) -> Iterator[Job]:
                 command = (f"benchmarks/{script}", *theirs)
                 yield Job(program=name, command=command, **baseline)
                 small = ("--micro_batch", str(plan.micro_batch))
-                yield Job(
-                    program=f"{name}, micro-batches of {plan.micro_batch}", command=(*command, *small), **baseline
-                )
+                yield Job(program=micro_batched(name, plan), command=(*command, *small), **baseline)
 
 
 def scoring_jobs(plan: Plan) -> Iterator[Job]:
@@ -201,9 +203,11 @@ def accuracy_jobs(plan: Plan) -> Iterator[Job]:
                 command = (f"benchmarks/{script}", "--inputs", inputs, *until, "--seed", str(seed))
                 command += ("--time_limit", str(plan.time_limit), "--learning_rate", rate)
                 command += ("--batch", str(plan.accuracy_batch), "--ppo_epochs", str(plan.accuracy_epochs))
+                command += ("--micro_batch", str(plan.micro_batch))  # its faster form, see a
                 command += ("--steps", str(plan.accuracy_steps), "--eval_steps", str(plan.eval_steps))
                 conditions = {"learning_rate": rate, "batch": plan.accuracy_batch, "ppo_epochs": plan.accuracy_epochs}
-                yield Job(program=name, conditions=conditions, command=command, environment=environment, **where)
+                program = micro_batched(name, plan)
+                yield Job(program=program, conditions=conditions, command=command, environment=environment, **where)
 
 
 JOBS = {"a": cost_jobs, "b": scoring_jobs, "c": share_jobs, "d": growth_jobs, "e": accuracy_jobs}
