@@ -6,6 +6,10 @@ and only the input and the (tokens, r) middle are kept. Over a base in bfloat16,
 layer's input into float32 and multiplies it with A and B in that. Here these two are rounded to the base's type, as
 under autocast, and so are their gradients, which add up and are applied in float32.
 (LoRA: https://arxiv.org/abs/2106.09685)
+
+The last layer of a gated feed-forward layer, down(silu(gate) * up), takes gate and up and not their product: autograd
+would keep the product and silu(gate) too, together almost a third of all that training keeps. They are computed anew on
+the way back. (SwiGLU: https://arxiv.org/abs/2002.05202)
 """
 
 import torch
@@ -14,31 +18,38 @@ from torch import nn
 
 
 class LowRankLinear(torch.autograd.Function):
-    """x W^T + bias + scaling (x A^T) B^T.
+    """x W^T + bias + scaling (x A^T) B^T, or with a gate the same of silu(gate) * x.
 
-    x (..., in); frozen: W (out, in) and bias (out,) or None, of x's type; trained: A (r, in) and B (out, r), of that
-    type or float32.
+    x (..., in); gate like x or None; frozen: W (out, in) and bias (out,) or None, of x's type; trained: A (r, in) and
+    B (out, r), of that type or float32.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling):
-        flat = x.reshape(-1, x.shape[-1])
+    def forward(ctx, x, gate, weight, bias, a, b, scaling):
+        flat = (x if gate is None else nn.functional.silu(gate).mul_(x)).reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = flat @ a.T
-        ctx.save_for_backward(flat, weight, a, b, low)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(flat if gate is None else x, gate, weight, a, b, low)
+        ctx.scaling = scaling
         result = nn.functional.linear(flat, weight, bias).addmm_(low, b.T, alpha=scaling)
         return result.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, gradient):
-        flat, weight, a, b, low = ctx.saved_tensors
+        x, gate, weight, a, b, low = ctx.saved_tensors
+        shape = *gradient.shape[:-1], weight.shape[1]
         gradient = gradient.reshape(-1, gradient.shape[-1])
         low_gradient = (gradient @ b).mul_(ctx.scaling)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(low_gradient, a).view(ctx.shape)
-        return of_x, None, None, low_gradient.T @ flat, (gradient.T @ low).mul_(ctx.scaling), None
+        activated = None if gate is None else nn.functional.silu(gate)
+        flat = x if gate is None else (activated * x).view(-1, shape[-1])
+        of_a, of_b = low_gradient.T @ flat, (gradient.T @ low).mul_(ctx.scaling)
+        of_x = of_gate = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            of_x = (gradient @ weight).addmm_(low_gradient, a).view(shape)
+            if gate is not None:
+                of_gate = torch.ops.aten.silu_backward(of_x * x, gate)
+                of_x = activated.mul_(of_x)
+        return of_x, of_gate, None, None, of_a, of_b, None
 
 
 def fuse(model: nn.Module) -> int:
@@ -53,6 +64,9 @@ def fuse(model: nn.Module) -> int:
         if type(layer) is Linear and _plain(layer):
             layer.forward = _Forward(layer)
             fused += 1
+    for layer in model.modules():
+        if "forward" not in vars(layer) and _gated(layer):
+            layer.forward = _GatedForward(layer)
     return fused
 
 
@@ -71,16 +85,42 @@ def _plain(layer: Linear) -> bool:
     )
 
 
+@torch.no_grad()
+def _gated(layer: nn.Module) -> bool:
+    """Whether this is down(silu(gate) * up) of fused layers: by the names of its parts, and by what they give."""
+    parts = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    fused = all(isinstance(part, Linear) and isinstance(part.forward, _Forward) for part in parts)
+    if not fused or not hasattr(layer, "act_fn"):
+        return False
+    weight = parts[0].base_layer.weight
+    example = torch.linspace(-3, 3, weight.shape[1], device=weight.device, dtype=weight.dtype)[None, None]
+    if not torch.allclose(layer.act_fn(example), nn.functional.silu(example), atol=1e-2):
+        return False
+    expected, found = layer(example).float(), _GatedForward(layer)(example).float()
+    return bool((found - expected).norm() < (1e-4 if weight.dtype == torch.float32 else 5e-2) * expected.norm())
+
+
+class _GatedForward:
+    """A gated feed-forward layer's `forward`."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer.down_proj(self.layer.up_proj(x), gate=self.layer.gate_proj(x))
+
+
 class _Forward:
-    """A fused layer's `forward`."""
+    """A fused layer's `forward`. gate: see LowRankLinear."""
 
     def __init__(self, layer: Linear):
         self.layer, (self.name,) = layer, layer.active_adapters
 
-    def __call__(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *args, gate: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         layer, name = self.layer, self.name
         a, b, base = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.base_layer
         as_usual = args or kwargs or layer.disable_adapters or layer.merged or x.dtype != base.weight.dtype
         if as_usual or torch.is_autocast_enabled(x.device.type):
+            x = x if gate is None else nn.functional.silu(gate) * x
             return type(layer).forward(layer, x, *args, **kwargs)
-        return LowRankLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+        return LowRankLinear.apply(x, gate, base.weight, base.bias, a, b, layer.scaling[name])

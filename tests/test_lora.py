@@ -10,9 +10,9 @@ import lora
 from models import lora_config
 
 
-def with_adapter(kind: str = "llama", **changes) -> nn.Module:
+def with_adapter(kind: str = "llama", model: dict | None = None, **changes) -> nn.Module:
     """A tiny model with an adapter that does something: LoRA's B starts at zero."""
-    model = get_peft_model(tiny_model(kind), lora_config(**changes))
+    model = get_peft_model(tiny_model(kind, **(model or {})), lora_config(**changes))
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -44,13 +44,47 @@ def test_logits_and_gradients_are_those_of_peft(kind):
         assert error(fused, expected) < 1e-4
 
 
-def test_the_gradient_by_finite_differences():
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_gradient_by_finite_differences(gated):
     torch.manual_seed(0)
-    sizes = dict(x=(2, 3, 5), weight=(4, 5), bias=(4,), a=(2, 5), b=(4, 2))
+    sizes = dict(x=(2, 3, 5), gate=(2, 3, 5), weight=(4, 5), bias=(4,), a=(2, 5), b=(4, 2))
     tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
-    for name in ("x", "a", "b"):
+    for name in ("x", "gate", "a", "b"):
         tensors[name].requires_grad_()
+    tensors["gate"] = tensors["gate"] if gated else None
     assert torch.autograd.gradcheck(lambda *given: lora.LowRankLinear.apply(*given, 1.5), tuple(tensors.values()))
+
+
+def kept(model: nn.Module, width: int) -> int:
+    """How many different tensors of this width a forward keeps for its backward, weights not counted."""
+    weights, seen = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] == width and x.data_ptr() not in weights:
+            seen[x.data_ptr()] = x  # held, so that no other tensor gets its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(torch.arange(8)[None])
+    return len(seen)
+
+
+def test_of_a_gated_feed_forward_layer_gate_and_up_are_kept_and_nothing_else_of_their_width():
+    model = with_adapter(model=dict(intermediate_size=72))
+    layers = model.config.num_hidden_layers
+    assert kept(model, 72) > 2 * layers
+    lora.fuse(model)
+    assert kept(model, 72) == 2 * layers
+
+
+def test_a_feed_forward_layer_with_another_activation_is_left_alone():
+    model = with_adapter(model=dict(hidden_act="gelu"))
+    logits, gradients = logits_and_gradients(model)
+    lora.fuse(model)
+    fused_logits, fused_gradients = logits_and_gradients(model)
+    assert not any(isinstance(getattr(m, "forward", None), lora._GatedForward) for m in model.modules())
+    assert error(fused_logits, logits) < 1e-5
+    assert all(error(fused, expected) < 1e-4 for fused, expected in zip(fused_gradients, gradients, strict=True))
 
 
 def test_an_adapter_that_is_switched_off_or_merged_does_what_peft_does():
