@@ -117,7 +117,8 @@ def cost_jobs(plan: Plan) -> Iterator[Job]:
             for program, more in (
                 (report.DEFAULT, own),
                 (report.SHORT_ANSWERS, (*own, *LIKE_FOR_LIKE)),
-                (report.LIKE_FOR_LIKE, ("--whole_answers", *own, *LIKE_FOR_LIKE)),
+                (report.LIKE_FOR_LIKE, whole := ("--whole_answers", *own, *LIKE_FOR_LIKE)),
+                (report.LESS_MEMORY, (*whole, "--tokens_per_micro_batch", "512")),
             ):
                 yield Job(program=program, command=ours("ours_ppo", "--inputs", inputs, *more), **where)
             for name, (environment, script) in TRL.items():

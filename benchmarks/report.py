@@ -17,6 +17,7 @@ TITLES = {
     "e": "Seconds to a held-out accuracy on MR",
 }
 LIKE_FOR_LIKE, DEFAULT, SCORING = "ours, like for like", "ours, default", "ours"
+LESS_MEMORY = "ours, like for like, 512 tokens at once"
 SHORT_ANSWERS, COMPILED = "ours, answers end with the label", "ours, default, compiled"
 NOTHING = "-"
 
