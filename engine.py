@@ -467,6 +467,7 @@ class Engine:
         generator: torch.Generator | None = None,
         first: int = 0,
         keep: bool = False,
+        extend: Callable[[list[Tree], list[list[Answer]]], None] | None = None,
     ) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
         """Answer every prompt `samples` times; temperature 0 is greedy.
 
@@ -474,13 +475,18 @@ class Engine:
         Samples of a prompt that agree so far share their forward; a row whose answers have all ended leaves the batch.
         Returns, per prompt: the tree of all tokens that had to be pushed through the network, the answers, and the
         states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU; `first`: the number of the
-        first prompt, if other processes answer those before it (see `row_seeds`). keep: see `states`.
+        first prompt, if other processes answer those before it (see `row_seeds`). keep: see `states`. extend: called
+        with trees and answers when all have ended, it lets the trees grow once more before their states are returned.
         """
         seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else []
-        return self.shrinking(lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds, keep))
+        return self.shrinking(
+            lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds, keep, extend)
+        )
 
     @torch.no_grad()
-    def _generate(self, prompts, stop, max_new_tokens: int, samples: int, temperature: float, seeds: list[int], keep):
+    def _generate(
+        self, prompts, stop, max_new_tokens: int, samples: int, temperature: float, seeds: list[int], keep: bool, extend
+    ):
         trees = [Tree() for _ in prompts]
         answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
         states: list = [None] * len(prompts)
@@ -490,7 +496,8 @@ class Engine:
         batches = micro_batches([len(p) - length + room for p in prompts], 4 * self.tokens_per_micro_batch)
         whole = self._whole(batches)
         # The prompts' keys and values can be kept for a graph only as packed rows.
-        keep = keep and whole and self.packed and not self.plain and self._whole(self._batches(prompts, trees, length))
+        keeps = keep and whole and self.packed and not self.plain and self._whole(self._batches(prompts, trees, length))
+        grown = None
         prefix = self._prefix(prompts, whole=whole)
         for rows in self._in_step(batches):
             if rows is None:
@@ -501,7 +508,7 @@ class Engine:
                     self._idle()
                 continue
             streams = [torch.Generator().manual_seed(seeds[i]) if seeds else None for i in rows]
-            batch_states = self._decode(
+            batch_states, grown = self._decode(
                 [prompts[i] for i in rows],
                 [trees[i] for i in rows],
                 [answers[i] for i in rows],
@@ -510,18 +517,29 @@ class Engine:
                 max_new_tokens,
                 temperature,
                 streams,
-                keep,
+                keeps,
             )
             for i, state in zip(rows, batch_states):
                 states[i] = state
+        if extend is not None:
+            extend(trees, answers)
+        if grown is not None and self._whole(self._batches(prompts, trees, length)):
+            (rows,) = batches
+            with torch.enable_grad():
+                for i, state in zip(rows, grown([trees[i] for i in rows])):
+                    states[i] = state
+        elif extend is not None:
+            grown = None  # it holds the prompts' graph
+            states = self._states(prompts, trees, False, keep)
         return trees, answers, states
 
     @torch.no_grad()
     def judge(
         self,
         prompts: list[list[int]],
-        trees: list[Tree],
-        answers: list[list[Answer]],
+        stop: Callable[[str], bool],
+        max_new_tokens: int,
+        samples: int,
         trie: LabelTrie,
         words: tuple[str, ...],
         link: Callable[[Answer], tuple[list[int], str]],
@@ -529,30 +547,36 @@ class Engine:
         generator: torch.Generator | None = None,
         first: int = 0,
         keep: bool = False,
-    ) -> list[torch.Tensor]:
-        """End every answer with a label chosen among the trie's: its analysis was free, its judgement is masked.
+    ) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
+        """`generate`, and every answer ends with a label chosen among the trie's: its analysis is free, its judgement
+        is masked.
 
         `link` gives the tokens (and their text) that lead from an answer's text to its label; nobody chooses them, so
-        they are nodes but no actions. Answers and trees are extended in place. Returns the states of all nodes
-        (keep: see `states`).
+        they are nodes but no actions. max_new_tokens and stop are those of the analysis.
         """
         places: list[list[list[int]]] = []  # per prompt and answer the nodes of its label's tree
-        for tree, group in zip(trees, answers):
-            places.append([])
-            for answer in group:
-                node = answer.nodes[-1]
-                if answer.tokens[-1] != self.tokenizer.eos_token_id:
-                    node = tree.child(node, answer.tokens[-1])
-                tokens, text = link(answer)
-                for token in tokens:
-                    node = tree.child(node, token)
-                where = [node]
-                for token, parent in zip(trie.tree.tokens[1:], trie.tree.parents[1:]):
-                    where.append(tree.child(where[parent], token))
-                tree.allowed |= {where[inner]: tokens for inner, tokens in trie.allowed.items()}
-                places[-1].append(where)
-                answer.text += text
-        states = self.states(prompts, trees, keep=keep)
+
+        def extend(trees: list[Tree], answers: list[list[Answer]]) -> None:
+            places.clear()  # of a time before that memory ran out in
+            for tree, group in zip(trees, answers):
+                places.append([])
+                for answer in group:
+                    node = answer.nodes[-1]
+                    if answer.tokens[-1] != self.tokenizer.eos_token_id:
+                        node = tree.child(node, answer.tokens[-1])
+                    tokens, text = link(answer)
+                    for token in tokens:
+                        node = tree.child(node, token)
+                    where = [node]
+                    for token, parent in zip(trie.tree.tokens[1:], trie.tree.parents[1:]):
+                        where.append(tree.child(where[parent], token))
+                    tree.allowed |= {where[inner]: tokens for inner, tokens in trie.allowed.items()}
+                    places[-1].append(where)
+                    answer.text += text
+
+        trees, answers, states = self.generate(
+            prompts, stop, max_new_tokens, samples, temperature, generator, first, keep=keep, extend=extend
+        )
         seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else [None] * len(prompts)
         for group in grouped([sum(wheres, []) for wheres in places]):
             at_labels = torch.cat([states[i][torch.tensor(places[i])] for i in group])  # (answers, nodes, hidden)
@@ -566,13 +590,13 @@ class Engine:
                     answer.tokens += [trie.vocabulary[column] for _, column in path]
                     answer.text += words[answer.label]
                     answer.ended = True
-        return states
+        return trees, answers, states
 
     def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams, keep):
         """Grow the trees level by level; all arguments are the rows of one micro-batch. Returns states per row.
 
-        keep: with gradient, if prompts and trees are no more than a micro-batch. Steps that grow the trees leave none:
-        every one of them would hold the keys and values of all tokens anew. The trees go through the network again.
+        keep: and what gives them with gradient, of trees that may have grown since. Steps that grow the trees leave
+        none: each of them would hold the keys and values of all tokens anew. The trees go through the network again.
         """
         cache = grown = None
         if self.plain:
@@ -621,11 +645,7 @@ class Engine:
                 latest, visible = self._extend(prompts, trees, rows, new_nodes, columns, visible, cache)
             for place, row in enumerate(rows):
                 states[row].extend(latest[place, : len(fresh[row])])
-        if keep and self._whole(self._batches(prompts, trees, prefix[0])):
-            del cache, latest, choice, where
-            with torch.enable_grad():
-                return grown(trees)
-        return [torch.stack(s) for s in states]
+        return [torch.stack(s) for s in states], grown
 
     def _extend(self, prompts, trees, rows, grown, columns, visible, cache):
         """Push the grown nodes (one level of every tree) through the network. Returns their states and the new mask."""

@@ -194,8 +194,8 @@ def _predict(
             raise ValueError("--answer_space score reads the label's likelihood at once; leave --use_CoT at False")
         return _most_likely(engine, task, trie, prompts)
     if use_CoT:
-        trees, answers, _ = engine.generate(prompts, analysis_closed, max_response_length, 1, *draws)
-        engine.judge(prompts, trees, answers, trie, task.words, judgement_link(engine.tokenizer), *draws)
+        link = judgement_link(engine.tokenizer)
+        _, answers, _ = engine.judge(prompts, analysis_closed, max_response_length, 1, trie, task.words, link, *draws)
         return [Prediction(a.text, label_of(task, a.label)) for (a,) in answers]
     predictions = []
     seeds = row_seeds(len(prompts), generator, first) if generator else [None] * len(prompts)

@@ -563,15 +563,12 @@ class PPOTrainer(RunTrainer, Trainer):
         args = self.args
         keep = args.num_minibatches == 1  # one update takes all of the rollout
         if self.trie is None or args.use_CoT:
+            what = prompts, self.stop, args.max_response_length, args.samples_per_prompt
             draws = args.temperature, self.generator, self.first
-            trees, answers, states = self.engine.generate(
-                prompts, self.stop, args.max_response_length, args.samples_per_prompt, *draws,
-                keep=keep and self.trie is None,
-            )  # fmt: skip
-            if self.trie is not None:
-                words = tuple(self.completion(word) for word in self.label_words)
-                states = self.engine.judge(prompts, trees, answers, self.trie, words, self.link, *draws, keep=keep)
-            return trees, answers, states
+            if self.trie is None:
+                return self.engine.generate(*what, *draws, keep=keep)
+            words = tuple(self.completion(word) for word in self.label_words)
+            return self.engine.judge(*what, self.trie, words, self.link, *draws, keep=keep)
         trees = [self.trie.tree] * len(prompts)
         states = self.engine.states(prompts, trees, keep=keep)
         answers = []

@@ -696,12 +696,13 @@ def test_a_judgement_after_a_free_analysis(kind, tokenizer):
     words = ("no", "not at all", "yes")
     spellings = [tokens(word) for word in words]
     trie = LabelTrie(spellings, EOS)
-    generator = torch.Generator().manual_seed(0)
-    trees, answers, _ = engine.generate(prompts, lambda text: "w9" in text, 5, 8, 3.0, generator)
-    analyses = [[(a.text, list(a.tokens), a.ended) for a in group] for group in answers]
+    stop, draws = lambda text: "w9" in text, lambda: (3.0, torch.Generator().manual_seed(0))
+    _, analysed, _ = engine.generate(prompts, stop, 5, 8, *draws())
+    analyses = [[(a.text, list(a.tokens), a.ended) for a in group] for group in analysed]
     link = tokens("Answer: w30")
-    assert engine.judge([], [], [], trie, words, lambda a: (link, "")) == []  # a process may have no rows
-    states = engine.judge(prompts, trees, answers, trie, words, lambda a: (link, " Answer: w30 "), 1.0, generator)
+    how = trie, words, lambda a: (link, " Answer: w30 ")
+    assert engine.judge([], stop, 5, 8, *how) == ([], [], [])  # a process may have no rows
+    trees, answers, states = engine.judge(prompts, stop, 5, 8, *how, *draws())
     plain = plain_logits(model, prompts, trees)
     ends = set()
     for tree, group, before, state, logits in zip(trees, answers, analyses, states, plain):
@@ -721,6 +722,41 @@ def test_a_judgement_after_a_free_analysis(kind, tokenizer):
                            if s[: len(trie.tree.path(inner))] == trie.tree.path(inner)}  # fmt: skip
                 assert set(tree.allowed[node]) == allowed
     assert ends == {True, False}  # answers that ended themselves, and answers that were cut off
+
+
+@pytest.mark.parametrize("case", ["prefix", "no prefix"])
+def test_a_judgement_that_is_kept_has_the_gradients_of_a_second_forward(case, tokenizer):
+    """And does not push the prompts through the network again, where all are one micro-batch."""
+    model, prompts = with_lora(tiny_model()), PROMPTS[case]
+    engine = Engine(model, tokenizer)
+    trie = LabelTrie([tokens("no"), tokens("not at all"), tokens("yes")], EOS)
+    how = lambda text: False, 4, 2, trie, ("no", "not at all", "yes"), lambda a: (tokens("Answer:"), " Answer: ")
+    judged = lambda **more: engine.judge(prompts, *how, 1.0, torch.Generator().manual_seed(1), **more)  # noqa: E731
+    before = engine.tokens_computed
+    trees, answers, states = judged(keep=True)
+    at_once = engine.tokens_computed - before
+    _, others, without = judged()
+    length = common_prefix(prompts)
+    assert engine.tokens_computed - before - at_once >= at_once + sum(len(prompt) - length for prompt in prompts)
+    assert [[a.text for a in group] for group in answers] == [[a.text for a in group] for group in others]
+    assert not any(state.requires_grad for state in without)
+    torch.manual_seed(3)
+    weights = [torch.randn(len(tree), SIZE) for tree in trees]
+
+    def gradients(parts) -> torch.Tensor:
+        sum(
+            (weight * torch.log_softmax(engine.logits(state[: len(weight)]), -1)).sum() for weight, state in parts
+        ).backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+        return found
+
+    ((rows, batch),) = engine.training_batches(prompts, trees)
+    expected = gradients([(weights[i], state) for i, state in zip(rows, batch)])
+    assert error(gradients(zip(weights, states)), expected) < 1e-4
+    # Rows that are more than one micro-batch are pushed through again, and keep nothing.
+    engine.tokens_per_micro_batch = 30
+    assert not any(state.requires_grad for state in judged(keep=True)[2])
 
 
 # -------------------------------------------------------------------------------------------------------- small parts

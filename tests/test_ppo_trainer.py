@@ -308,7 +308,7 @@ def test_the_first_update_takes_the_forward_of_the_rollout(mode, tmp_path):
             states = trainer.engine.states
             trainer.engine.states = lambda *rows, keep=False, states=states, **more: states(*rows, **more)
             generate = trainer.engine.generate
-            trainer.engine.generate = lambda *rows, keep=False, generate=generate: generate(*rows)
+            trainer.engine.generate = lambda *rows, keep=False, generate=generate, **more: generate(*rows, **more)
         trainer.train()
         assert len(begun) == (1 if keeps else 2)
         found.append(torch.cat([weight.flatten() for weight in policy_weights(trainer.model).values()]))
