@@ -15,6 +15,7 @@ the way back. (SwiGLU: https://arxiv.org/abs/2002.05202)
 import torch
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -93,6 +94,8 @@ def _gated(layer: nn.Module) -> bool:
     if not fused or not hasattr(layer, "act_fn"):
         return False
     weight = parts[0].base_layer.weight
+    if isinstance(weight, DTensor):  # cut up by FSDP: there only while its block computes, so nothing can be tried
+        return False
     example = torch.linspace(-3, 3, weight.shape[1], device=weight.device, dtype=weight.dtype)[None, None]
     if not torch.allclose(layer.act_fn(example), nn.functional.silu(example), atol=1e-2):
         return False
