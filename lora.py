@@ -110,7 +110,10 @@ class _GatedForward:
         self.layer = layer
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer.down_proj(self.layer.up_proj(x), gate=self.layer.gate_proj(x))
+        layer = self.layer
+        if not isinstance(layer.down_proj.forward, _Forward):  # the adapter has been taken off or merged for good
+            return type(layer).forward(layer, x)
+        return layer.down_proj(layer.up_proj(x), gate=layer.gate_proj(x))
 
 
 class _Forward:

@@ -102,6 +102,15 @@ def test_an_adapter_that_is_switched_off_or_merged_does_what_peft_does():
     assert error(adapted, expected) > 1e-2
 
 
+def test_a_model_whose_adapter_was_taken_off_after_that_computes_as_before():
+    merged, without, ids = with_adapter(), with_adapter(), torch.arange(8)[None]
+    lora.fuse(merged), lora.fuse(without)
+    with torch.no_grad():
+        adapted = merged(ids).logits
+        assert error(merged.merge_and_unload()(ids).logits, adapted) < 1e-5
+        assert error(without.unload()(ids).logits, tiny_model()(ids).logits) < 1e-6
+
+
 @pytest.mark.parametrize("changes", [dict(lora_dropout=0.1), dict(use_dora=True), dict(lora_bias=True)])
 def test_layers_with_more_to_them_stay_as_they_are(changes):
     assert lora.fuse(with_adapter(**changes)) == 0
