@@ -10,13 +10,12 @@ import random
 from dataclasses import dataclass, field
 
 import inference
-import loaders
-import processes
 import prompts
-import splits
-from arguments import ArgumentError, clear_errors, parse
 from inference import InferenceArguments, Job
-from tasks import Task
+from machine import processes
+from machine.errors import ArgumentError, clear_errors
+from run.arguments import parse
+from tasks import Task, loaders, splits
 
 
 @dataclass

@@ -19,21 +19,18 @@ from pathlib import Path
 
 import transformers
 
-import evaluation
-import faults
-import loaders
-import metrics
-import models
-import predictions
-import processes
-import runs
-import splits
-import submission
 import tasks
-import tracking
-from arguments import ArgumentError, Arguments, as_dict, get_tasks, one_of, parse
-from engine import Engine
-from tasks import Task
+from engine import models
+from engine.engine import Engine
+from engine.loading import load_engine
+from evaluation import answer_spaces, leaderboard, metrics, predictions, scores
+from machine import processes
+from machine.errors import ArgumentError, MissingData
+from machine.files import write_json
+from run import dashboards, faults
+from run.arguments import Arguments, as_dict, get_tasks, one_of, parse
+from run.folder import data_hash, folder_of, lock, make_folder, write_summary
+from tasks import Task, loaders, splits
 
 EVALUATED = 400  # labelled rows per task, unless --eval_size says otherwise
 SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a run goes on
@@ -79,7 +76,7 @@ def check(arguments: InferenceArguments) -> list[Task]:
     """The tasks; refuses what cannot be run and fills in defaults. Raises ArgumentError."""
     chosen = get_tasks(arguments.task)
     arguments.answer_space = arguments.answer_space or "labels"
-    one_of("answer_space", arguments.answer_space, evaluation.ANSWER_SPACES)
+    one_of("answer_space", arguments.answer_space, answer_spaces.ANSWER_SPACES)
     if arguments.answer_space == "score" and (arguments.use_CoT or arguments.do_sample):
         raise ArgumentError(
             "--answer_space score compares the labels' likelihoods, with no analysis and nothing sampled; leave "
@@ -113,7 +110,7 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
     """Every task's rows. MissingData names all tasks whose data is missing; a diagnostic set may be left out."""
     jobs, missing = [], []
     for task in chosen:
-        place = splits.place(task, arguments.data_path, several=len(chosen) > 1)
+        place = splits.task_path(task, arguments.data_path, several=len(chosen) > 1)
         size = EVALUATED if arguments.eval_size is None else arguments.eval_size
         try:
             task = splits.labelled(task, place)
@@ -124,7 +121,7 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
                 unlabelled = any(row["label"] is None for row in everything)
                 keep_all = arguments.submission or (unlabelled and arguments.eval_size is None)
                 rows = splits.choose(task, everything, 0 if keep_all else size)
-        except loaders.MissingData as error:
+        except MissingData as error:
             if len(chosen) > 1 and not task.in_suite_score and not arguments.submission:
                 print(f"Left out: {error}")
             else:
@@ -139,7 +136,7 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
         jobs.append(Job(task, rows, whole, place, model))
     if missing:
         others = f" (missing: {', '.join(task.name for task, _ in missing)})" if len(missing) > 1 else ""
-        raise loaders.MissingData(f"{missing[0][1]}{others}")
+        raise MissingData(f"{missing[0][1]}{others}")
     return jobs
 
 
@@ -166,14 +163,14 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
     )  # fmt: skip
     if not processes.is_main():
         return {}
-    labels, scores = [a.label for a in answers], evaluation.yes_scores(answers)
+    labels, last_label = [a.label for a in answers], scores.last_label_probabilities(answers)
     figures = {"invalid_rate": labels.count(None) / len(labels)}
     more = {"split": arguments.split, "rows": len(rows), "shots": len(shots[0]), "shortened": shortened}
     print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {arguments.answer_space} answers")
     if job.labelled:
-        figures = evaluation.score(task, rows, answers)
-        more |= evaluation.details(task, rows, answers, majority)
-        print(evaluation.results_text(task, figures, more, counted_in))
+        figures = scores.score(task, rows, answers)
+        more |= scores.details(task, rows, answers, majority)
+        print(scores.results_text(task, figures, more, counted_in))
     else:
         print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
     if task.note:
@@ -182,13 +179,13 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
         print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
     if job.whole and task.submission:
         path = folder / task.submission
-        filled = submission.write_submission(path, task, rows, labels, majority, scores)
-        submission.check_submission(path, task, rows)
+        filled = leaderboard.write_submission(path, task, rows, labels, majority, last_label)
+        leaderboard.check_submission(path, task, rows)
         print(f"Leaderboard file {path}: {filled} of its answers were filled in, as the model gave no valid one.")
-    return runs.write_summary(
+    return write_summary(
         folder, method, task, replace(arguments, task=task.name, train_model_name=job.model),
         {"after": figures, "best": figures}, **more,
-        data_hash=runs.data_hash(rows), seconds=round(time.perf_counter() - started, 1),
+        data_hash=data_hash(rows), seconds=round(time.perf_counter() - started, 1),
     )  # fmt: skip
 
 
@@ -196,24 +193,26 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
     """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
     with faults.guard(program) as guard, contextlib.ExitStack() as held:
         jobs = load_jobs(arguments, check(arguments))
-        engine, loaded = evaluation.load_engine(jobs[0].model, arguments), jobs[0].model
+        engine, loaded = load_engine(jobs[0].model, arguments), jobs[0].model
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
-        top = guard.folder = processes.from_main(lambda: open_folder(arguments, name, held))
+        top = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, name, held))
         guard.kept = "the answers so far are kept"
         print(models.device_line())
         done: dict[str, dict] = {}
         for job in jobs:
-            folder = top / runs.folder_of(job.task) if several else top
+            folder = top / folder_of(job.task) if several else top
             folder.mkdir(exist_ok=True)
-            summary = processes.from_main(lambda path=folder / "summary.json": path.exists() and path.read_text())
+            summary = processes.broadcast_from_main(
+                lambda path=folder / "summary.json": path.exists() and path.read_text()
+            )
             if summary:
                 done[job.task.name] = json.loads(summary)
                 print(f"{job.task.name} is already done.")
                 continue
             if job.model != loaded:
                 engine, loaded = None, job.model  # the old one goes first: two may not fit
-                engine = evaluation.load_engine(job.model, arguments)
+                engine = load_engine(job.model, arguments)
             transformers.set_seed(arguments.seed)
             trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
             own = method or ("trained" if trained else "zero-shot")
@@ -224,8 +223,8 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
 
 def open_folder(arguments: InferenceArguments, name: Task | str, held: contextlib.ExitStack) -> Path:
     """The run's folder, a new one or that of `--resume`; closed to other runs for as long as `held` is open."""
-    folder = Path(arguments.resume) if arguments.resume else runs.make_folder(arguments, name)
-    held.enter_context(runs.lock(folder))
+    folder = Path(arguments.resume) if arguments.resume else make_folder(arguments, name)
+    held.enter_context(lock(folder))
     return folder
 
 
@@ -239,14 +238,14 @@ def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict
     for suite in tasks.SUITES:
         counted = {task.name for task in tasks.suite(suite) if task.in_suite_score}
         if counted <= {name for name, summary in done.items() if "score" in summary["metrics"]["after"]}:
-            scores = {name: summary["metrics"]["after"] for name, summary in done.items() if name in counted}
-            figures[f"eval/{suite}/score"] = score = metrics.suite_score(suite, scores)
-            kept = {"suite": suite, "score": score, "tasks": scores, "model": arguments.train_model_name}
-            runs.write_json(top / f"{suite}.json", kept)
+            of_tasks = {name: summary["metrics"]["after"] for name, summary in done.items() if name in counted}
+            figures[f"eval/{suite}/score"] = score = metrics.suite_score(suite, of_tasks)
+            kept = {"suite": suite, "score": score, "tasks": of_tasks, "model": arguments.train_model_name}
+            write_json(top / f"{suite}.json", kept)
             print(f"\n{suite} score: {100 * score:.1f} (mean over {suite}'s tasks, diagnostic sets not counted)")
         if arguments.submission and suite in suites_named(arguments):
-            files = [top / runs.folder_of(job.task) / job.task.submission for job in jobs if job.task.suite == suite]
-            submission.write_suite_zip(top / f"{suite}.zip", suite, files)
+            files = [top / folder_of(job.task) / job.task.submission for job in jobs if job.task.suite == suite]
+            leaderboard.write_suite_zip(top / f"{suite}.zip", suite, files)
             print(f"\n{suite} leaderboard zip, complete and checked: {top / suite}.zip")
     if not several:
         top_words = "predictions.jsonl (every prompt and answer) and summary.json"
@@ -254,7 +253,7 @@ def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict
         top_words = "for each task predictions.jsonl (every prompt and answer) and summary.json"
     print(f"\n{top} holds {top_words}.")
     method = next(iter(done.values()))["method"]
-    tracking.log_figures(arguments.report_to, top, as_dict(arguments), figures, method)
+    dashboards.log_figures(arguments.report_to, top, as_dict(arguments), figures, method)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,20 +12,21 @@ from pathlib import Path
 import torch
 import transformers
 
-import evaluation
-import faults
-import models
-import predictions
-import processes
 import prompts
 import rewards
-import runs
-import splits
-import tracking
-from arguments import ArgumentError, Arguments, divisible, get_task, one_of, parse
-from memory import training_tokens
-from ppo_trainer import PPOConfig, PPOTrainer
-from tasks import Task
+from engine import models
+from engine.loading import load_model
+from evaluation import answer_spaces, predict, predictions, scores
+from machine import processes
+from machine.errors import ArgumentError
+from machine.memory import training_tokens
+from run import dashboards, faults
+from run.arguments import Arguments, divisible, get_task, one_of, parse
+from run.folder import data_hash, open_run, write_summary
+from run.history import before_after_table, evaluations, train_seconds
+from run.progress import RunCallback, quiet_trainer
+from tasks import Task, splits
+from training.ppo_trainer import PPOConfig, PPOTrainer
 
 # By policy gradient; each sees 576 rows. Small batches teach more per row than large ones. The entropy bonus keeps
 # every label likely enough to be tried: with 0.05 in place of 0.5 sampled answers collapsed onto one label, with
@@ -135,7 +136,7 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
     """A whole run: load, build, train, evaluate. What goes wrong, `guard` turns into one sentence."""
     task = get_task(arguments.task)
     check(arguments, task)
-    place = splits.place(task, arguments.data_path)
+    place = splits.task_path(task, arguments.data_path)
     task = splits.labelled(task, place)
     train, held_out = splits.train_and_held_out(task, place, arguments.eval_size, arguments.seed)
     if len(train) < arguments.batch_sentence_num:
@@ -145,14 +146,14 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
         )
     tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
     if arguments.answer_space == "labels":
-        evaluation.label_trie(task, tokenizer)  # labels that this model cannot tell apart are refused now
-    model, problem = evaluation.load_model(arguments.train_model_name, tokenizer, arguments)
+        answer_spaces.label_trie(task, tokenizer)  # labels that this model cannot tell apart are refused now
+    model, problem = load_model(arguments.train_model_name, tokenizer, arguments)
     keeps = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
     arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model, keeps)
     settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
     train_prompts, shortened = prompts.build_all(task, train, **settings)
     held_out_prompts, shortened_held_out = prompts.build_all(task, held_out, **settings)
-    run = runs.open_run(arguments, task, train, held_out, arguments.learning_rate)
+    run = open_run(arguments, task, train, held_out, arguments.learning_rate)
     folder = guard.folder = run.folder
     guard.at_exit.append(lambda code: run.close())
     transformers.set_seed(arguments.seed)
@@ -169,17 +170,17 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
     format_ = {"strict_format": arguments.strict_format, "use_CoT": arguments.use_CoT}
 
     def evaluate(engine) -> dict[str, float]:
-        found = evaluation.predict(
+        found = predict.predict(
             engine, task, held_out_prompts, arguments.answer_space, arguments.max_response_length, **format_
         )
-        first = not tracking.evaluations(folder)
+        first = not evaluations(folder)
         predictions.write(folder, task, held_out, held_out_prompts, found, tokenizer, first)
-        return evaluation.score(task, held_out, found)
+        return scores.score(task, held_out, found)
 
     config = trainer_config(arguments, folder, len(train))
-    progress = tracking.RunCallback(folder, task, tokenizer)
-    dashboards = tracking.wandb_callbacks(arguments.report_to, progress, "ppo")
-    guard.at_exit += [dashboard.close for dashboard in dashboards]
+    progress = RunCallback(folder, task, tokenizer)
+    trackers = dashboards.wandb_callbacks(arguments.report_to, progress, "ppo")
+    guard.at_exit += [tracker.close for tracker in trackers]
     masked = arguments.answer_space == "labels"
     trainer = PPOTrainer(
         model,
@@ -197,19 +198,19 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
         peft_config=models.lora_config(),
         label_words=task.words,
         completion=lambda word: word + rewards.JUDGEMENT_END,
-        stop=evaluation.analysis_closed if masked else evaluation.stop_rule(task, early=True, **format_),
+        stop=answer_spaces.analysis_closed if masked else answer_spaces.stop_rule(task, early=True, **format_),
         credit=lambda text, ended: rewards.label_length(task, text, ended, **format_),
         is_correct=lambda text, ended, row: rewards.is_correct(
             task, rewards.parse(task, text, ended, **format_), row["label"]
         ),
-        link=evaluation.judgement_link(tokenizer),
+        link=answer_spaces.judgement_link(tokenizer),
         compute_metrics=evaluate,
-        callbacks=[guard, progress, *dashboards],
+        callbacks=[guard, progress, *trackers],
         on_save=lambda checkpoint: models.save_start_adapter(
             arguments.train_model_name, arguments.from_local, checkpoint
         ),
     )
-    tracking.quiet_trainer(trainer)
+    quiet_trainer(trainer)
     progress.trainer = trainer
     trainer.engine.plain = problem is not None
     if run.checkpoint:
@@ -239,12 +240,12 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=min(arguments.eval_steps or steps, steps),
-        eval_on_start=not tracking.evaluations(folder),
+        eval_on_start=not evaluations(folder),
         save_strategy="steps",
         save_steps=min(save_every, steps),
         save_total_limit=arguments.save_total_limit or None,
-        report_to=tracking.prepare_reporting(arguments.report_to, folder),
-        project=tracking.project(),
+        report_to=dashboards.prepare_reporting(arguments.report_to, folder),
+        project=dashboards.project(),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         answer_space=arguments.answer_space,
@@ -270,19 +271,19 @@ def finish(
     arguments: PPOArguments, task: Task, folder: Path, trainer: PPOTrainer, train: list[dict], held_out: list[dict]
 ) -> None:
     """Write summary.json, and say what came out, where it lies and how to evaluate it."""
-    if processes.from_main(lambda: tracking.evaluations(folder)[-1]["step"]) != trainer.state.global_step:
+    if processes.broadcast_from_main(lambda: evaluations(folder)[-1]["step"]) != trainer.state.global_step:
         trainer.evaluate()
     if not processes.is_main():
         return
-    history = tracking.evaluations(folder)
+    history = evaluations(folder)
     moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
     samples = trainer.state.global_step * arguments.batch_sentence_num * trainer.samples_per_prompt
-    runs.write_summary(
-        folder, "ppo", task, replace(arguments), moments, samples, tracking.train_seconds(folder),
-        data_hash=runs.data_hash(train), steps=trainer.state.global_step,
+    write_summary(
+        folder, "ppo", task, replace(arguments), moments, samples, train_seconds(folder),
+        data_hash=data_hash(train), steps=trainer.state.global_step,
         best_step=moments["best"]["step"], **predictions.details(folder, task, held_out, arguments.data_path),
     )  # fmt: skip
-    print(tracking.before_after_table(moments))
+    print(before_after_table(moments))
     best = folder / "best"
     print(
         f"\nEverything lies in {folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, summary.json.\n"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from machine.errors import PromptError
 from rewards import ANALYSIS, ANALYSIS_END, JUDGEMENT, JUDGEMENT_END
 from tasks import Task
 
@@ -158,10 +159,6 @@ WORDINGS: dict[str, Wording] = {
 }
 # Small models write the analysis but no answer unless they are shown both together, once per answer.
 COT = "Always write one sentence of reasoning before the answer, in one of these forms: {forms}."
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be built, or made to fit; the message says which row and what to change."""
 
 
 def build(

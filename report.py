@@ -14,12 +14,11 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import comparison
-import page
-import tables
-from arguments import ArgumentError, Parser, clear_errors
-from collect import collect
-from results import Collection
+from machine.errors import ArgumentError, clear_errors
+from reporting import comparison, page, tables
+from reporting.collect import collect
+from reporting.results import Collection
+from run.arguments import Parser
 
 FILES = ("report.html", "report.md", "report.csv", "report.tex")
 

@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from tasks import Task
+from tasks.table import fold
 
 JUDGEMENT = "<Judgement>"
 JUDGEMENT_END = "</Judgement>"
@@ -51,13 +52,6 @@ def _folded(words: tuple[str, ...]) -> tuple[int, list[tuple[str, int]]]:
     """The longest word's length, and the words as they are compared, longest first, with their class ids."""
     folded = sorted(((fold(word), label) for label, word in enumerate(words)), key=lambda pair: -len(pair[0]))
     return max(map(len, words), default=0), folded
-
-
-def fold(text: str) -> str:
-    """Lower case and one separator, character by character: positions stay, and a prefix folds to a prefix."""
-    # str.lower turns U+0130 into two characters and looks at the neighbours of a Greek sigma
-    lower = text.lower() if text.isascii() else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-    return lower.replace("_", " ").replace("-", " ")
 
 
 def _is_punctuation(character: str) -> bool:

@@ -16,20 +16,21 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 
-import evaluation
-import faults
-import models
-import predictions
-import processes
 import prompts
 import rewards
-import runs
-import splits
-import tracking
-from arguments import ArgumentError, Arguments, divisible, get_tasks, one_of, parse
-from engine import Engine
-from sft_trainer import IGNORED, Finetuner, RunConfig
-from tasks import Task
+from engine import models
+from engine.engine import Engine
+from engine.loading import load_model
+from evaluation import answer_spaces, predict, predictions, scores
+from machine import processes
+from machine.errors import ArgumentError
+from run import dashboards, faults
+from run.arguments import Arguments, divisible, get_tasks, one_of, parse
+from run.folder import data_hash, folder_of, open_run, write_summary
+from run.history import before_after_table, evaluations, train_seconds
+from run.progress import RunCallback, quiet_trainer
+from tasks import Task, splits
+from training.sft_trainer import IGNORED, Finetuner, RunConfig
 
 MICRO_BATCH = 8  # with loss on the full row: rows that go through the network at once, at most
 # On one task, unless --max_steps says otherwise: 72 steps of 8 rows are as many rows as ppo.py's default sees. On MR 18
@@ -80,7 +81,7 @@ class Part:
 def check(arguments: SFTArguments) -> list[tuple[Task, str | None]]:
     """The tasks and where their files are; refuses what cannot be run and fills in defaults. Raises ArgumentError."""
     arguments.answer_space = arguments.answer_space or "labels"
-    one_of("answer_space", arguments.answer_space, evaluation.ANSWER_SPACES)
+    one_of("answer_space", arguments.answer_space, answer_spaces.ANSWER_SPACES)
     one_of("save_methods", arguments.save_methods, ("step", "epoch"))
     one_of("loss_on", arguments.loss_on, ("answer", "full"))
     divisible(arguments)
@@ -117,7 +118,7 @@ def check(arguments: SFTArguments) -> list[tuple[Task, str | None]]:
             raise ArgumentError(f"--task {arguments.task} has no training data: it is answered by another task's model")
         if len(named) > 1 and Path(arguments.data_path or ".").is_file():
             raise ArgumentError(f"--data_path {arguments.data_path} is one file, but --task names {len(named)} tasks")
-        chosen = [(task, splits.place(task, arguments.data_path, len(named) > 1)) for task in named]
+        chosen = [(task, splits.task_path(task, arguments.data_path, len(named) > 1)) for task in named]
     if arguments.max_steps is None:
         arguments.max_steps = STEPS if len(chosen) == 1 else 0
     return chosen
@@ -146,7 +147,7 @@ def dataset(arguments: SFTArguments, parts: list[Part], tokenizer) -> tuple[Data
     tables, shortened = [], 0
     for part in parts:
         built, cut = prompts.build_all(part.task, part.train, tokenizer, False, arguments.max_prompt_length)
-        answers = {row["label"]: evaluation.target_ids(part.task, row, tokenizer) for row in part.train}
+        answers = {row["label"]: answer_spaces.target_ids(part.task, row, tokenizer) for row in part.train}
         rows = [example(ids, answers[row["label"]], arguments.loss_on) for ids, row in zip(built, part.train)]
         tables.append(Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")}))
         part.held_out_prompts, cut_too = prompts.build_all(
@@ -156,33 +157,35 @@ def dataset(arguments: SFTArguments, parts: list[Part], tokenizer) -> tuple[Data
     return concatenate_datasets(tables * arguments.repeat_time), shortened
 
 
-def folder_of(part: Part, parts: list[Part], folder: Path) -> Path:
+def predictions_folder(part: Part, parts: list[Part], folder: Path) -> Path:
     """Where the answers to a task's held-out rows are kept: of several tasks each has a folder inside the run's."""
-    return folder / runs.folder_of(part.task) if len(parts) > 1 else folder
+    return folder / folder_of(part.task) if len(parts) > 1 else folder
 
 
 def evaluator(arguments: SFTArguments, parts: list[Part], episodes: list[dict], folder: Path):
     """`(engine) -> figures` on the held-out rows: of one task its metrics; of several each one's, and their means."""
 
     def evaluate(engine: Engine) -> dict[str, float]:
-        figures, scores, first = {}, [], not tracking.evaluations(folder)
+        figures, all_metrics, first = {}, [], not evaluations(folder)
         episodes.clear()
         for part in parts:
-            found = evaluation.predict(
+            found = predict.predict(
                 engine, part.task, part.held_out_prompts, arguments.answer_space, arguments.max_response_length,
                 temperature=arguments.model_temperature if arguments.do_sample else 0.0, seed=arguments.seed,
             )  # fmt: skip
-            own = folder_of(part, parts, folder)
+            own = predictions_folder(part, parts, folder)
             predictions.write(own, part.task, part.held_out, part.held_out_prompts, found, engine.tokenizer, first)
-            scores.append(evaluation.score(part.task, part.held_out, found))
-            figures |= {f"{part.task.name}/{name}": value for name, value in scores[-1].items()}
+            all_metrics.append(scores.score(part.task, part.held_out, found))
+            figures |= {f"{part.task.name}/{name}": value for name, value in all_metrics[-1].items()}
             for ids, row, prediction in list(zip(part.held_out_prompts, part.held_out, found))[:2]:
                 reward = rewards.reward(part.task, prediction.label, row["label"])
                 episodes.append({"prompt": ids, "answer": prediction.text, "reward": reward, "row": row,
                                  "task": part.task})  # fmt: skip
         if len(parts) == 1:
-            return scores[0]
-        return {name: sum(s[name] for s in scores) / len(scores) for name in ("score", "invalid_rate")} | figures
+            return all_metrics[0]
+        return {
+            name: sum(m[name] for m in all_metrics) / len(all_metrics) for name in ("score", "invalid_rate")
+        } | figures
 
     return evaluate
 
@@ -216,12 +219,12 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int) -> RunConfi
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=min(arguments.eval_steps or steps, steps),
-        eval_on_start=not tracking.evaluations(folder),
+        eval_on_start=not evaluations(folder),
         save_strategy="steps",
         save_steps=min(save_every, steps),
         save_total_limit=arguments.save_total_limit or None,
-        report_to=tracking.prepare_reporting(arguments.report_to, folder),
-        project=tracking.project(),
+        report_to=dashboards.prepare_reporting(arguments.report_to, folder),
+        project=dashboards.project(),
         disable_tqdm=True,
         use_cpu=not cuda,
         bf16=cuda,
@@ -253,14 +256,14 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
         )
     if arguments.answer_space != "free":
         for part in parts:
-            evaluation.label_trie(part.task, tokenizer)  # labels that this model cannot tell apart are refused now
-    model, problem = evaluation.load_model(arguments.train_model_name, tokenizer, arguments)
+            answer_spaces.label_trie(part.task, tokenizer)  # labels that this model cannot tell apart are refused now
+    model, problem = load_model(arguments.train_model_name, tokenizer, arguments)
     name = parts[0].task.name if len(parts) == 1 else arguments.task
     if arguments.datafolder_path:
         name = Path(arguments.datafolder_path).resolve().name
     train = [row for part in parts for row in part.train]
     held_out = [row for part in parts for row in part.held_out]
-    run = runs.open_run(arguments, name, train, held_out, arguments.learning_rate)
+    run = open_run(arguments, name, train, held_out, arguments.learning_rate)
     folder = guard.folder = run.folder
     guard.at_exit.append(lambda code: run.close())
     transformers.set_seed(arguments.seed)
@@ -269,9 +272,9 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
         print(f"{part.task.name}: {len(part.train)} training rows, {len(part.held_out)} held out")
     print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
     print(f"{arguments.train_model_name}, learning rate {arguments.learning_rate:g}; the run lies in {folder}")
-    progress = tracking.RunCallback(folder, parts[0].task, tokenizer)
-    dashboards = tracking.wandb_callbacks(arguments.report_to, progress, "sft")
-    guard.at_exit += [dashboard.close for dashboard in dashboards]
+    progress = RunCallback(folder, parts[0].task, tokenizer)
+    trackers = dashboards.wandb_callbacks(arguments.report_to, progress, "sft")
+    guard.at_exit += [tracker.close for tracker in trackers]
     episodes: list[dict] = []
     trainer = Finetuner(
         model,
@@ -280,14 +283,14 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
         eval_dataset=table.select([0]),  # Trainer wants one; evaluate_with has the rows
         processing_class=tokenizer,
         peft_config=models.lora_config(),
-        callbacks=[guard, progress, *dashboards],
+        callbacks=[guard, progress, *trackers],
         evaluate_with=evaluator(arguments, parts, episodes, folder),
         on_save=lambda checkpoint: models.save_start_adapter(
             arguments.train_model_name, arguments.from_local, checkpoint
         ),
     )
     trainer.episodes = episodes
-    tracking.quiet_trainer(trainer)
+    quiet_trainer(trainer)
     progress.trainer = trainer
     trainer.engine.plain = problem is not None
     if run.checkpoint:
@@ -299,25 +302,25 @@ def train_on_tasks(arguments: SFTArguments, guard: faults.Guard) -> None:
 
 def finish(arguments: SFTArguments, name: str, parts: list[Part], folder: Path, trainer: Finetuner) -> None:
     """Write summary.json, and say what came out, where it lies and what can be done with it."""
-    if processes.from_main(lambda: tracking.evaluations(folder)[-1]["step"]) != trainer.state.global_step:
+    if processes.broadcast_from_main(lambda: evaluations(folder)[-1]["step"]) != trainer.state.global_step:
         trainer.evaluate()
     if not processes.is_main():
         return
-    history = tracking.evaluations(folder)
+    history = evaluations(folder)
     moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
     root = arguments.datafolder_path or arguments.data_path
     details = {
-        part.task.name: predictions.details(folder_of(part, parts, folder), part.task, part.held_out, root)
+        part.task.name: predictions.details(predictions_folder(part, parts, folder), part.task, part.held_out, root)
         for part in parts
     }
-    runs.write_summary(
+    write_summary(
         folder, "sft", parts[0].task if len(parts) == 1 else name, arguments, moments,
-        trainer.state.global_step * arguments.batch_sentence_num, tracking.train_seconds(folder),
-        data_hash=runs.data_hash([row for part in parts for row in part.train]), steps=trainer.state.global_step,
+        trainer.state.global_step * arguments.batch_sentence_num, train_seconds(folder),
+        data_hash=data_hash([row for part in parts for row in part.train]), steps=trainer.state.global_step,
         best_step=moments["best"]["step"], tasks=[part.task.name for part in parts],
         **(details[parts[0].task.name] if len(parts) == 1 else {"details": details}),
     )  # fmt: skip
-    print(tracking.before_after_table(moments))
+    print(before_after_table(moments))
     best = folder / "best"
     asked = ",".join(part.task.name for part in parts)
     print(

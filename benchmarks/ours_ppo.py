@@ -22,10 +22,10 @@ import torch
 from transformers import TrainerCallback
 
 import ppo
-import tracking
 from benchmarks.compiled import compile_elementwise
 from benchmarks.operations import llama, training_operations
-from engine import common_prefix
+from engine.batches import common_prefix
+from run.history import history
 
 SHAPES = ((256, 576, 1536), (1024, 576, 1536), (1024, 1024, 1024), (2048, 2048, 2048))
 TRIES = 10
@@ -105,13 +105,13 @@ def main() -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             ppo.main([*passed, "--report_to", "none", "--output_dir", str(folder)])
-        history = tracking.history(folder)
+        lines = history(folder)
     finally:
         shutil.rmtree(folder)
     trainer = callback.trainer
     size = trainer.args.per_device_train_batch_size
     figures = callback.clock.figures(size * trainer.samples_per_prompt)
-    lengths = [line["objective/response_length"] for line in history if "objective/response_length" in line]
+    lengths = [line["objective/response_length"] for line in lines if "objective/response_length" in line]
     figures["response_tokens"] = sum(lengths) / len(lengths) if lengths else 1.0  # summed over all labels: one token
     shown = [len(prompt) for prompts in callback.prompts for prompt in prompts]
     figures["prompt_tokens"] = sum(shown) / len(shown)

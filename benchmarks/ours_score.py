@@ -15,9 +15,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import evaluation
-import models
 import tasks
+from engine import models
+from engine.loading import load_engine
+from evaluation import predict, scores
 from inference import InferenceArguments
 
 WARM_UP = 2  # prompts
@@ -32,19 +33,19 @@ def main() -> None:
     task = replace(tasks.get("MR"), words=tuple(arguments.choices.split(",")))
     at_once = InferenceArguments().batch_sentence_num
     with contextlib.redirect_stdout(sys.stderr):
-        engine = evaluation.load_engine(models.EMBEDDED, InferenceArguments())
+        engine = load_engine(models.EMBEDDED, InferenceArguments())
 
-    def answer(rows: list[dict]) -> tuple[list[evaluation.Prediction], list[int]]:
+    def answer(rows: list[dict]) -> tuple[list[predict.Prediction], list[int]]:
         ids = engine.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
-        found: list[evaluation.Prediction] = []
+        found: list[predict.Prediction] = []
         for start in range(0, len(ids), at_once):
-            found += evaluation.predict(engine, task, ids[start : start + at_once], "score", 1)
+            found += predict.predict(engine, task, ids[start : start + at_once], "score", 1)
         return found, [len(prompt) for prompt in ids]
 
     answer(lines[:WARM_UP])
     began = time.perf_counter()
     found, lengths = answer(lines)
-    score = evaluation.score(task, lines, found)["score"]
+    score = scores.score(task, lines, found)["score"]
     seconds = time.perf_counter() - began
     figures = {
         "samples": len(lines),

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 import fewshot
-import models
 import prompts
-import runs
-import splits
 import tasks
 from benchmarks.common import label_logits
-from ppo_trainer import StratifiedSampler
+from engine import models
+from machine.files import write_json
+from tasks import splits
+from training.sampler import StratifiedSampler
 
 CHECKED = 4  # prompts on which every program's logits are compared
 LONG_ROWS = 160
@@ -49,7 +49,7 @@ def training(path: Path, seed: int, rows: int, held_out: int) -> None:
     shown = with_ids(evaluated)
     label_tokens = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in task.words]
     model = models.load_model(models.EMBEDDED, dtype=torch.float32)
-    runs.write_json(
+    write_json(
         path,
         {
             "model": models.EMBEDDED,

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # one of tasks.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
+task="${TASK:-MR}"                             # one of tasks/table.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
 num_shots="${NUM_SHOTS:-}"                     # worked examples from the training split in front of each question
 from_local="${FROM_LOCAL:-}"                   # True: model_path is a folder, an adapter or a model trained before
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement

@@ -12,7 +12,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # one of tasks.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
+task="${TASK:-MR}"                             # one of tasks/table.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
 from_local="${FROM_LOCAL:-}"                   # True: model_path is a folder, as with the best/ of a finished run
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
 model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded one, a name on the hub, or (from_local) a folder

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # MR, MRPC, CoLA, SST, RTE, ..., SuperGLUE/RTE; tasks.py lists them all
+task="${TASK:-MR}"                             # MR, MRPC, CoLA, SST, RTE, ..., SuperGLUE/RTE; tasks/table.py lists them all
 from_local="${FROM_LOCAL:-}"                   # True: model_path is a folder, an adapter or a model trained before
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
 model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded one, a name on the hub, or (from_local) a folder

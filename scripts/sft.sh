@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # one of tasks.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
+task="${TASK:-MR}"                             # one of tasks/table.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
 datafolder_path="${DATAFOLDER_PATH:-}"         # a suite's folder, such as data/GLUE: all of its tasks, instead of task
 lines_per_file="${LINES_PER_FILE:-}"           # at most so many rows of each task, so that none drowns the others
 from_local="${FROM_LOCAL:-}"                   # True: model_path is a folder, an adapter or a model trained before

@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from models import lora_config
+from engine.models import lora_config
 
 # The real files of the tasks; they are other people's text, and a test that reads them skips where they are absent.
 ORIGINALS = Path(os.environ.get("NLU_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -96,7 +96,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A folder with a random model of two layers that reads and writes with the embedded model's tokenizer."""
-    from models import EMBEDDED, load_tokenizer
+    from engine.models import EMBEDDED, load_tokenizer
 
     folder, tokenizer = tmp_path_factory.mktemp("model"), load_tokenizer(EMBEDDED)
     model = tiny_model(

@@ -111,8 +111,8 @@ def names(folder: Path) -> set[str]:
 
 def contents(folder: Path) -> dict:
     """All of a finished run that does not depend on the clock."""
-    import checkpoints
-    import manifests
+    from machine import manifests
+    from run import checkpoints
 
     found = {"names": names(folder), "history": lines(folder), "metrics": read(folder / "summary.json")["metrics"]}
     for inside in (folder / name for name in ("best", *(path.name for path in checkpoints.checkpoints_of(folder)))):
@@ -163,8 +163,7 @@ def count_changes(folder: Path, act) -> None:
 
 def at_step(step: int, act, ends: bool = False) -> None:
     """Call `act()` in a step's middle: when its rollout begins, or (`ends`) when its gradients are there."""
-    import ppo_trainer
-    import sft_trainer
+    from training import ppo_trainer, sft_trainer
 
     for kind in (ppo_trainer.PPOTrainer, sft_trainer.Finetuner):
         original = kind.training_step
@@ -194,7 +193,7 @@ def count(folder: str, file: str) -> None:
 
 
 def announce_steps(folder: str) -> None:
-    import ppo_trainer
+    from training import ppo_trainer
 
     original = ppo_trainer.PPOTrainer.training_step
 
@@ -320,9 +319,9 @@ def _serve() -> None:
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     import conftest  # noqa: F401  # no network, one thread
 
-    import models
     import ppo
     import sft
+    from engine import models
 
     models.load_tokenizer, models.load_model = map(functools.cache, (models.load_tokenizer, models.load_model))
     scripts, terminals = {"ppo": ppo, "sft": sft}, {}

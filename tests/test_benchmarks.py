@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-import engine
 from benchmarks import operations, plan, report
 from benchmarks.common import Clock
+from engine.batches import common_prefix
 
 # --------------------------------------------------------------------------------------------------------- operations
 
@@ -58,7 +58,7 @@ def test_a_prompt_that_is_all_prefix_is_refused():
 def test_a_batch_of_one_prompt_leaves_a_token_outside_the_prefix():
     network = operations.Network(layers=1, hidden=2, query=2, linears=((2, 3),), feed_forward=1, rank=1)
     prompts = [[4, 5, 6]]
-    counted = operations.training_operations(network, [3], engine.common_prefix(prompts), label_tokens=2)
+    counted = operations.training_operations(network, [3], common_prefix(prompts), label_tokens=2)
     assert (
         counted["blocks"] == 4 * 6 * 1
     )  # one block, whose feed-forward layer is all it has, for the token before the answer

@@ -12,11 +12,12 @@ import torch
 from conftest import BASE, EOS, PAD, SIZE, SIZES, VOCABULARY, tiny_model, with_lora
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
-import attention
-from engine import Engine, common_prefix, grouped, micro_batches
-from memory import asking_tokens, training_tokens
-from models import ModelError
-from trees import MASKED, Answer, LabelTrie, Tree
+from engine import attention
+from engine.batches import common_prefix, grouped, micro_batches
+from engine.engine import Engine
+from engine.trees import MASKED, Answer, LabelTrie, Tree
+from machine.errors import ModelError
+from machine.memory import asking_tokens, training_tokens
 
 KINDS = ["llama", "qwen2", "neox", "gpt2"]
 
@@ -86,7 +87,7 @@ def any_prefix(request, monkeypatch):
         make(self, *arguments)
         if self.packed:
             self.packed = request.param == "packed"
-            self.apart_from = None if request.param == "expanded" else 1
+            self.min_separate_prefix = None if request.param == "expanded" else 1
 
     monkeypatch.setattr(Engine, "__init__", made)
 
@@ -134,7 +135,7 @@ def test_only_a_long_prefix_is_attended_to_apart(kind, tokenizer, monkeypatch):
     monkeypatch.setattr(attention, "_attend", lambda *inputs: seen.append(inputs) or attend(*inputs))
     engine = Engine(tiny_model(kind), tokenizer)
     engine.packed = False
-    for engine.apart_from, times in ((len(PREFIX), 2), (len(PREFIX) + 1, 0), (attention.SHORTEST, 0)):
+    for engine.min_separate_prefix, times in ((len(PREFIX), 2), (len(PREFIX) + 1, 0), (attention.SHORTEST, 0)):
         seen.clear()
         engine.states(PROMPTS["prefix"], trees_for(ENDS))
         assert len(seen) == times * engine.model.config.num_hidden_layers
@@ -213,7 +214,7 @@ def test_a_row_that_does_not_fit_alone_ends_in_a_memory_error(tokenizer):
 def test_other_errors_are_not_taken_for_a_full_memory(tokenizer):
     engine = Engine(tiny_model(), tokenizer, 400)
     with pytest.raises(RuntimeError, match="shape"):
-        engine.shrinking(lambda: torch.zeros(2).view(3))
+        engine.retry_with_smaller_batches(lambda: torch.zeros(2).view(3))
     assert engine.tokens_per_micro_batch == 400
 
 
@@ -701,8 +702,8 @@ def test_a_judgement_after_a_free_analysis(kind, tokenizer):
     analyses = [[(a.text, list(a.tokens), a.ended) for a in group] for group in analysed]
     link = tokens("Answer: w30")
     how = trie, words, lambda a: (link, " Answer: w30 ")
-    assert engine.judge([], stop, 5, 8, *how) == ([], [], [])  # a process may have no rows
-    trees, answers, states = engine.judge(prompts, stop, 5, 8, *how, *draws())
+    assert engine.generate_then_classify([], stop, 5, 8, *how) == ([], [], [])  # a process may have no rows
+    trees, answers, states = engine.generate_then_classify(prompts, stop, 5, 8, *how, *draws())
     plain = plain_logits(model, prompts, trees)
     ends = set()
     for tree, group, before, state, logits in zip(trees, answers, analyses, states, plain):
@@ -731,7 +732,7 @@ def test_a_judgement_that_is_kept_has_the_gradients_of_a_second_forward(case, to
     engine = Engine(model, tokenizer)
     trie = LabelTrie([tokens("no"), tokens("not at all"), tokens("yes")], EOS)
     how = lambda text: False, 4, 2, trie, ("no", "not at all", "yes"), lambda a: (tokens("Answer:"), " Answer: ")
-    judged = lambda **more: engine.judge(prompts, *how, 1.0, torch.Generator().manual_seed(1), **more)  # noqa: E731
+    judged = lambda **more: engine.generate_then_classify(prompts, *how, 1.0, torch.Generator().manual_seed(1), **more)  # noqa: E731
     before = engine.tokens_computed
     trees, answers, states = judged(keep=True)
     at_once = engine.tokens_computed - before

@@ -5,28 +5,29 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_model, word_tokenizer
 
-import evaluation
 import ppo
 import sft
 import tasks
-from models import ModelError
+from engine.loading import check_length
+from evaluation import answer_spaces
+from machine.errors import ModelError
 
 
 def test_labels_that_the_tokenizer_spells_alike_are_named(tokenizer):
     task = replace(tasks.get("MentalHealth"), labels=("Yes", "Calm", "Low"), words=("yes", "calm", "low"))
     with pytest.raises(ModelError, match="spells the label 'low' of MentalHealth like 'calm'"):
-        evaluation.label_trie(task, tokenizer)
+        answer_spaces.label_trie(task, tokenizer)
     with pytest.raises(ModelError, match="'  ' of MentalHealth as no token at all"):
-        evaluation.label_trie(replace(task, words=("yes", "no", "  ")), tokenizer)
-    assert len(evaluation.label_trie(replace(task, words=("yes", "no", "maybe")), tokenizer).spellings) == 3
+        answer_spaces.label_trie(replace(task, words=("yes", "no", "  ")), tokenizer)
+    assert len(answer_spaces.label_trie(replace(task, words=("yes", "no", "maybe")), tokenizer).spellings) == 3
 
 
 def test_more_tokens_than_the_model_can_read():
     model = tiny_model(max_position_embeddings=128)
-    evaluation.check_length(model, "tiny", 128)
+    check_length(model, "tiny", 128)
     with pytest.raises(ModelError, match="--max_prompt_length and --max_response_length make 129 tokens, more than"):
-        evaluation.check_length(model, "tiny", 129)
-    evaluation.check_length(tiny_model("mpt"), "tiny", 10**6)  # ALiBi knows no end
+        check_length(model, "tiny", 129)
+    check_length(tiny_model("mpt"), "tiny", 10**6)  # ALiBi knows no end
 
 
 @pytest.mark.parametrize("program", [ppo, sft])

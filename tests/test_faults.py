@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import forked
@@ -12,11 +13,11 @@ import safetensors
 import torch
 from forked import argv, contents, lines, names, read
 
-import checkpoints
-import faults
-import manifests
 import ppo
-import ppo_trainer
+from machine import manifests
+from run import checkpoints, faults, progress
+from run.history import append_history
+from training import ppo_trainer
 
 STEPS = dict(max_steps=3, eval_steps=3, save_methods="step", save_freq=1)
 
@@ -147,8 +148,8 @@ WRITES = {
     "value head": (ppo_trainer, "save_file", safetensors.SafetensorError("I/O error: No space left on device")),
     "optimizer": (torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")),
     "manifest": (manifests, "write", FULL),
-    "rename": (checkpoints.os, "replace", FULL),
-    "folder": (checkpoints.tempfile, "mkdtemp", FULL),
+    "rename": (os, "replace", FULL),
+    "folder": (tempfile, "mkdtemp", FULL),
 }
 
 
@@ -174,16 +175,15 @@ def test_any_write_of_a_checkpoint_that_fails(kind, model_folder, data_root, tmp
 
 
 def test_a_history_that_cannot_be_written(model_folder, data_root, tmp_path, monkeypatch, capsys):
-    import tracking
 
-    original = tracking.append_history
+    original = append_history
 
     def append(folder, step, figures):
         if step == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "history.jsonl"))
         original(folder, step, figures)
 
-    monkeypatch.setattr(tracking, "append_history", append)
+    monkeypatch.setattr(progress, "append_history", append)
     with pytest.raises(SystemExit) as end:
         ppo.main(argv(model_folder, data_root, tmp_path / "run", **{**STEPS, "eval_size": 2}))
     text = capsys.readouterr().err

@@ -17,15 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_prompts import made_up_row, with_labels
 
-import loaders
-import metrics
-import models
 import prompts
 import rewards
-import submission
 import tasks
-from loaders import DataError
-from tasks import Task
+from engine import models
+from evaluation import bootstrap, leaderboard, metrics
+from machine.errors import DataError, PromptError
+from tasks import Task, loaders, readers, splits
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ALL = [with_labels(task) for task in tasks.TASKS.values()]  # every one with a label set
@@ -101,14 +99,14 @@ def read(task: Task, split: str, path: Path, content: bytes) -> list[dict] | Non
     assert rows
     for row in rows:
         assert set(row) == {"id", *task.columns}
-        assert all(isinstance(row[name], str) and len(row[name]) < loaders.MAX_CHARACTERS for name in task.fields)
+        assert all(isinstance(row[name], str) and len(row[name]) < readers.MAX_CHARACTERS for name in task.fields)
         assert row["label"] is not None or split == "test"
         if row["label"] is not None:
             kinds = {True: float, False: int if task.labels else str}
             assert type(row["label"]) is kinds[task.number]
             assert 0 <= row["label"] <= 5 if task.number else not task.labels or row["label"] in range(len(task.labels))
         json.dumps(row, ensure_ascii=False).encode()  # as it is written into predictions and leaderboard files
-    metrics.units(task, rows)
+    splits.units(task, rows)
     if split != "test":
         assert loaders.training_rows(task, rows, seed=0)
     return rows
@@ -389,7 +387,7 @@ def test_any_row_fits_and_only_its_passage_is_cut(tokenizers, written, task, use
     how = {"use_CoT": use_CoT, "max_prompt_length": longest}
     try:
         built, shortened = prompts.build(task, row, tokenizer, **how)
-    except prompts.PromptError as error:
+    except PromptError as error:
         assert "row 7" in str(error) and "--max_prompt_length" in str(error)
         bare = row | dict.fromkeys(task.passage, "")
         assert len(prompts.build(task, bare, tokenizer, use_CoT, 10**6)[0]) > longest
@@ -424,7 +422,7 @@ def test_any_text_without_marks_is_copied(tokenizers, task, layout, data):
 def test_half_a_character_is_refused(tokenizers, task, half, data):
     row = made_up_row(task)
     row[data.draw(st.sampled_from(task.fields))] += half
-    with pytest.raises(prompts.PromptError, match="row 7 of .* half of a character"):
+    with pytest.raises(PromptError, match="row 7 of .* half of a character"):
         prompts.build(task, row, tokenizers("chat"))
 
 
@@ -480,15 +478,13 @@ def test_any_predictions(task, data, random_):
     rows, answers, scores = data.draw(answered(task))
     values = metrics.score(task, rows, answers, scores)
     signed = {"matthews", "pearson", "spearman"} & set(task.metrics)
-    intervals = metrics.bootstrap_interval(task, rows, answers, scores, samples=5)
+    intervals = bootstrap.bootstrap_interval(task, rows, answers, scores, samples=5)
     for name, value in [*values.items(), *((name, end) for name, ends in intervals.items() for end in ends)]:
         low = -1 if name in signed or (signed and name == "score") else 0
         assert math.isfinite(value) and low - 1e-6 <= value <= 1 + 1e-6, name
 
     # In another order: whole units, as a query's first candidate is the one that counts, and pairs are neighbours.
-    keys = (
-        metrics.units(task, rows).tolist() if task.candidates or "gender_parity" in task.metrics else range(len(rows))
-    )
+    keys = splits.units(task, rows).tolist() if task.candidates or "gender_parity" in task.metrics else range(len(rows))
     units = sorted(set(keys))
     random_.shuffle(units)
     order = [i for unit in units for i, key in enumerate(keys) if key == unit]
@@ -519,9 +515,9 @@ def test_any_leaderboard_file_is_read_back(folder, task, data):
         if task.format not in ("multirc", "record"):
             row["id"] = data.draw(IDS)
     path = folder / task.submission
-    filled = submission.write_submission(path, task, rows, answers, 0, scores)
+    filled = leaderboard.write_submission(path, task, rows, answers, 0, scores)
     assert filled >= 0 if task.candidates else filled == answers.count(None)
-    submission.check_submission(path, task, rows)
+    leaderboard.check_submission(path, task, rows)
 
 
 @cases(400)
@@ -529,12 +525,12 @@ def test_any_leaderboard_file_is_read_back(folder, task, data):
 def test_any_other_leaderboard_file_is_refused(folder, task, content, data):
     rows, answers, scores = data.draw(answered(task))
     path = folder / task.submission
-    submission.write_submission(path, task, rows, answers, 0, scores)
+    leaderboard.write_submission(path, task, rows, answers, 0, scores)
     written = path.read_bytes()
     path.write_bytes(data.draw(damaged(written)) if content is None else content)
     if path.read_bytes() != written:
         try:
-            submission.check_submission(path, task, rows)
+            leaderboard.check_submission(path, task, rows)
         except ValueError as error:
             assert str(error).startswith(f"{path}") and len(str(error).splitlines()) == 1
 

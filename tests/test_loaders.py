@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ORIGINALS
 
-import loaders
 import tasks
-from loaders import DataError, load
+from machine.errors import DataError, MissingData
+from tasks import loaders
+from tasks.loaders import load
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -614,10 +615,10 @@ def test_an_id_keeps_its_spelling(tmp_path, index):
 def test_a_folder_in_a_files_place_and_paths_that_cannot_be(tmp_path):
     (tmp_path / "train.tsv").mkdir()
     task = tasks.get("RTE")
-    with pytest.raises(loaders.MissingData, match="cannot find .*train.tsv"):
+    with pytest.raises(MissingData, match="cannot find .*train.tsv"):
         load(task, "train", data_path=tmp_path)
     for name in ("x" * 5000, "a\0b"):
-        with pytest.raises(loaders.MissingData, match="no such file or folder"):
+        with pytest.raises(MissingData, match="no such file or folder"):
             load(task, "train", data_path=name)
 
 

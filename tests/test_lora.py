@@ -6,8 +6,8 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import lora
-from models import lora_config
+from engine import lora
+from engine.models import lora_config
 
 
 def with_adapter(kind: str = "llama", model: dict | None = None, **changes) -> nn.Module:

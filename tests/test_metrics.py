@@ -8,17 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metrics
 import tasks
-from metrics import (
-    bootstrap_interval,
-    chosen_rows,
-    confusion_counts,
-    majority_baseline,
-    majority_label,
-    score,
-    suite_score,
-)
+from evaluation import bootstrap, metrics
+from evaluation.bootstrap import bootstrap_interval
+from evaluation.metrics import chosen_rows, confusion_counts, majority_baseline, score, suite_score
+from tasks import splits
+from tasks.splits import most_frequent_label
 
 MENTAL_HEALTH = dataclasses.replace(
     tasks.get("MentalHealth"), labels=("anxiety", "normal", "stress", "other"), words=("a", "n", "s", "o")
@@ -312,12 +307,12 @@ def test_rows_that_cannot_be_scored():
 def test_majority_and_confusion():
     task = tasks.get("CB")
     train = rows_of([2, 1, 1, 2, 0])
-    assert majority_label(task, train) == 1
+    assert most_frequent_label(task, train) == 1
     assert majority_baseline(task, train, rows_of([1, 1, 0, 2]))["accuracy"] == 0.5
-    assert majority_label(tasks.get("STS-B"), rows_of([1.0, 4.0])) == 2.5
+    assert most_frequent_label(tasks.get("STS-B"), rows_of([1.0, 4.0])) == 2.5
     assert majority_baseline(tasks.get("STS-B"), rows_of([1.0, 4.0]), rows_of([1.0, 4.0]))["score"] == 0
     with pytest.raises(ValueError, match="no labelled rows"):
-        majority_label(task, rows_of([None]))
+        most_frequent_label(task, rows_of([None]))
     counts = confusion_counts(task, rows_of([0, 0, 1, 2]), [0, None, 2, 2])
     assert counts.tolist() == [[1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 0]]
     with pytest.raises(ValueError, match="numbers"):
@@ -327,7 +322,7 @@ def test_majority_and_confusion():
 def test_every_metric_of_every_task_is_known():
     for task in tasks.TASKS.values():
         assert set(task.metrics) <= set(metrics.METRICS)
-    assert set(metrics.METRICS) == set(metrics.STATISTICS) | {"spearman"}
+    assert set(metrics.METRICS) == set(bootstrap.STATISTICS) | {"spearman"}
 
 
 # ---------------------------------------------------------------------------------------------------- bootstrap
@@ -342,7 +337,7 @@ def test_resamples_agree_with_the_plain_computation(task):
     def check(example, seed):
         rows, predictions, scores = example
         answers = metrics._answers(task, rows, predictions, scores)
-        unit = metrics.units(answers.task, answers.rows)
+        unit = splits.units(answers.task, answers.rows)
         units = unit.max() + 1
         counts = np.bincount(np.random.default_rng(seed).integers(0, units, units), minlength=units)
         written = {"rows": [], "predictions": [], "scores": []}
@@ -360,7 +355,7 @@ def test_resamples_agree_with_the_plain_computation(task):
         expected = score(task, **written)
         for name in task.metrics:
             for weights, value in ((counts, expected[name]), (np.ones(units), score(task, *example)[name])):
-                found = metrics._resampler(name, answers, unit)(weights[None].astype(float))
+                found = bootstrap._resampler(name, answers, unit)(weights[None].astype(float))
                 assert found.shape == (1,)
                 assert found[0] == pytest.approx(value, abs=1e-6), name
 

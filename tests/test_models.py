@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import tiny_model, word_tokenizer
 
-import models
+from engine import models
+from machine.errors import ModelError
 
 CODE = """
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_code_that_comes_with_a_model_is_run_only_if_trusted(tmp_path, monkeypat
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(models.ModelError, match="--trust_remote_code True if you trust it"):
+    with pytest.raises(ModelError, match="--trust_remote_code True if you trust it"):
         models.load_model(str(folder), from_local=True)
     assert not marker.exists()
     model = models.load_model(str(folder), from_local=True, trust_remote_code=True)

@@ -20,11 +20,12 @@ import torch
 from conftest import tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-import arguments as shared_arguments
-import models
 import ppo
-import runs
-import tracking
+from engine import models
+from run import arguments
+from run import folder as run_folder
+from run.folder import make_folder
+from run.history import history
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -95,7 +96,7 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen:
 
 def read(folder: Path) -> tuple[dict, list[dict]]:
     """summary.json and the lines of history.jsonl."""
-    return json.loads((folder / "summary.json").read_text()), tracking.history(folder)
+    return json.loads((folder / "summary.json").read_text()), history(folder)
 
 
 def names(folder: Path) -> set[str]:
@@ -312,16 +313,16 @@ def test_a_finished_run_is_prolonged(run_ppo, tmp_path, monkeypatch):
 
 
 def test_folders_are_named_by_task_model_batch_rate_and_time(run_ppo, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     run_ppo(start_epoch=2, end_epoch=4, max_steps=0, learning_rate=2e-4, eval_size=2)
     (folder,) = (tmp_path / "model" / "SST").iterdir()
     assert re.fullmatch(r"tiny-8-0\.0002-\d{8}-\d{6}", folder.name)
     assert {"epoch-3", "epoch-4", "best", "summary.json"} <= names(folder)  # 24 rows, 8 at once: 3 steps an epoch
     summary, _ = read(folder)
     assert summary["steps"] == 6
-    settings = shared_arguments.Arguments(train_model_name="Some/Model 7B", batch_sentence_num=4)
-    task = shared_arguments.get_task("SuperGLUE/RTE")
-    first, second = runs.make_folder(settings, task, 1e-5), runs.make_folder(settings, task, 1e-5)
+    settings = arguments.Arguments(train_model_name="Some/Model 7B", batch_sentence_num=4)
+    task = arguments.get_task("SuperGLUE/RTE")
+    first, second = make_folder(settings, task, 1e-5), make_folder(settings, task, 1e-5)
     assert first.parent == tmp_path / "model" / "SuperGLUE-RTE" and first.name.startswith("Model-7B-4-1e-05-")
     assert first != second and first.exists() and second.exists()
 
@@ -541,20 +542,26 @@ def test_the_command_itself_ends_so_too(processes):
 
 
 def project_imports(name: str, seen: set[str]) -> set[str]:
-    """A module of the project and all others that it imports."""
-    if name not in seen and (ROOT / f"{name}.py").exists():
+    """A module of the project (a dotted name) and all others that it imports."""
+    path = source_file(name)
+    if name not in seen and path.exists():
         seen.add(name)
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        for node in ast.walk(ast.parse(path.read_text())):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            found += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
             for imported in found:
                 project_imports(imported, seen)
     return seen
 
 
+def source_file(name: str) -> Path:
+    return ROOT / f"{name.replace('.', '/')}.py"
+
+
 def arguments_read(module: str) -> set[str]:
     """Every <name> of an `arguments.<name>` that is read, but for functions that only check and return nothing."""
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    tree = ast.parse(source_file(module).read_text())
     functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name in ("check", "_check")]
     checks = {n for f in functions if isinstance(f.returns, ast.Constant) for n in ast.walk(f)}
     reads = [

@@ -13,14 +13,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import models
-import ppo_trainer
 import rewards
 import tasks
-import tracking
-from objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
-from ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, StratifiedSampler, TrainingError
-from trees import Answer, Tree
+from engine import models
+from engine.trees import Answer, Tree
+from machine.errors import TrainingError
+from run.progress import quiet_trainer
+from training import ppo_trainer
+from training.objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
+from training.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer
+from training.sampler import StratifiedSampler
 
 WORDS = ("no", "yes")
 LONG_WORDS = ("not", "not at all", "yes")
@@ -71,7 +73,7 @@ def make_trainer(folder: Path, model=None, reward=None, rows=None, words=WORDS, 
         label_words=words,
         **arguments,
     )
-    tracking.quiet_trainer(trainer)
+    quiet_trainer(trainer)
     return trainer
 
 
@@ -902,7 +904,7 @@ def test_the_reward_functions_drive_trl_too(tmp_path):
     trainer = GRPOTrainer(
         tiny_model(), [reward, watched], args, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer()
     )
-    tracking.quiet_trainer(trainer)
+    quiet_trainer(trainer)
     trainer.train()
     completions, columns, scores = calls[0]
     assert len(completions) == len(scores) == len(columns["label"]) == 2 and "prompts" in columns

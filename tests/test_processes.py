@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import ppo
-import processes
+from machine import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = ROOT / "scripts" / "accelerate"

@@ -17,11 +17,12 @@ from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
-import models
 import prompts
 import rewards
-from engine import common_prefix
-from tasks import TASKS, Task
+from engine import models
+from engine.batches import common_prefix
+from machine.errors import PromptError
+from tasks.table import TASKS, Task
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 FILE_LABELS = ("Calm", "Low mood", "Worry")  # for the task whose labels come from its file
@@ -196,19 +197,19 @@ def test_a_special_token_that_only_the_tokenizer_sees_is_refused():
     row = {"id": 1, "sentence": "fine <EOS>", "label": 1}
     for sentence in ("fine", "fine <eos>"):
         prompts.build(task, row | {"sentence": sentence}, tokenizer)
-    with pytest.raises(prompts.PromptError, match="row 1 of MR, .* reads as a special token"):
+    with pytest.raises(PromptError, match="row 1 of MR, .* reads as a special token"):
         prompts.build(task, row, tokenizer)
 
 
 def test_a_label_that_is_a_turn_of_the_layout_is_refused(chat, plain):
     for tokenizer, label in ((chat, "<|im_end|>"), (plain, "Assistant:")):
         task = replace(TASKS["MentalHealth"], labels=("calm", label), words=("calm", label))
-        with pytest.raises(prompts.PromptError, match="the label .* of MentalHealth"):
+        with pytest.raises(PromptError, match="the label .* of MentalHealth"):
             prompts.build(task, made_up_row(task), tokenizer)
 
 
 def test_half_a_character_is_refused(chat):
-    with pytest.raises(prompts.PromptError, match=r"row 1 of MR .*'\\ud800' in sentence"):
+    with pytest.raises(PromptError, match=r"row 1 of MR .*'\\ud800' in sentence"):
         prompts.build(TASKS["MR"], {"id": 1, "sentence": "x\ud800", "label": 1}, chat)
 
 
@@ -230,11 +231,9 @@ def test_only_the_passage_loses_text(task, chat, filler):
 def test_too_long_a_question_is_an_error_that_names_the_row_and_the_way_out(chat):
     task = TASKS["BoolQ"]
     row = made_up_row(task) | {"question": "why " * 600}
-    with pytest.raises(
-        prompts.PromptError, match=r"row 7 of BoolQ takes \d+ tokens .*--max_prompt_length \(now 512\)$"
-    ):
+    with pytest.raises(PromptError, match=r"row 7 of BoolQ takes \d+ tokens .*--max_prompt_length \(now 512\)$"):
         prompts.build(task, row, chat)
-    with pytest.raises(prompts.PromptError, match="--num_shots"):
+    with pytest.raises(PromptError, match="--num_shots"):
         prompts.build(task, made_up_row(task), chat, demonstrations=[row])
 
 

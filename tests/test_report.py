@@ -12,19 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import collect
-import comparison
 import fewshot
-import figures
 import inference
-import page
 import ppo
 import report
 import sft
-import tables
 import tasks
-from comparison import Cell
-from results import Collection
+from reporting import collect, comparison, figures, page, tables
+from reporting.comparison import Cell
+from reporting.results import Collection
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"

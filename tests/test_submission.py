@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 import tasks
-from submission import check_submission, write_submission, write_suite_zip
+from evaluation.leaderboard import check_submission, write_submission, write_suite_zip
 
 PLAIN = [task for task in tasks.TASKS.values() if task.submission and task.format not in ("multirc", "record")]
 
@@ -108,7 +108,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("submission.os.fsync", fail)
+    monkeypatch.setattr("machine.files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_submission(tmp_path / "CoLA.tsv", tasks.get("CoLA"), rows_of(0), [1], 0)
     assert not list(tmp_path.iterdir())

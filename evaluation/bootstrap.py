@@ -1,0 +1,164 @@
+"""Percentile bootstrap of every metric, over the units that were sampled."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from evaluation.metrics import (
+    Answers,
+    Prediction,
+    _answers,
+    _entity_matches,
+    _less_invalid,
+    _pair_matches,
+    _question_matches,
+    _same_text,
+    _token_f1,
+)
+from tasks import Task
+from tasks.splits import units
+
+# --------------------------------------------------------------------------------------------------- bootstrap
+
+
+def bootstrap_interval(
+    task: Task,
+    rows: list[dict],
+    predictions: Sequence[Prediction],
+    scores: Sequence[float] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap interval of every metric and of "score" (the same resamples, so their joint spread)."""
+    values = bootstrap_values(task, rows, predictions, scores, samples, seed)
+    tail = (1 - confidence) / 2
+    return {name: tuple(float(q) for q in np.quantile(v, [tail, 1 - tail])) for name, v in values.items()}
+
+
+def bootstrap_values(
+    task: Task,
+    rows: list[dict],
+    predictions: Sequence[Prediction],
+    scores: Sequence[float] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Every metric and "score" on each resample, (samples,) each.
+
+    What is drawn with replacement is the unit that was sampled: MultiRC's question, ReCoRD's query, AX-g's pair, else
+    the row. What is drawn depends on the number of units and the seed alone, so that two models' values for the same
+    rows are paired.
+    """
+    answers = _answers(task, rows, predictions, scores)
+    unit = units(answers.task, answers.rows)
+    number = int(unit.max()) + 1
+    resampled = {name: _resampler(name, answers, unit) for name in task.metrics}
+    rng = np.random.default_rng(seed)
+    values: dict[str, list[np.ndarray]] = {name: [] for name in task.metrics}
+    chunk = max(1, 2_000_000 // number)  # bounds memory to a few arrays of 16 MB
+    for begin in range(0, samples, chunk):
+        size = min(chunk, samples - begin)
+        drawn = rng.integers(0, number, size=(size, number)) + number * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number).astype(float)
+        for name in task.metrics:
+            values[name].append(resampled[name](counts))
+    joined = {name: np.concatenate(parts) for name, parts in values.items()}  # (samples,) each
+    joined["score"] = np.mean(list(joined.values()), axis=0)
+    return joined
+
+
+def _resampler(metric: str, answers: Answers, unit: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from how often each unit was drawn (samples, units) to the metric's value (samples,)."""
+    if metric == "spearman":
+        return lambda counts: _weighted_spearman(answers, counts)
+    statistics, finish = STATISTICS[metric](answers)  # statistics: (rows or units, k)
+    if len(statistics) != unit.max() + 1:
+        columns = [np.bincount(unit, statistics[:, j]) for j in range(statistics.shape[1])]
+        statistics = np.stack(columns, axis=1)
+    return lambda counts: finish(counts @ statistics)  # (samples, units) @ (units, k)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """numerator / denominator, 0 where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 1e-12)
+
+
+def _mean_statistics(values: np.ndarray):
+    return np.stack([values, np.ones(len(values))], axis=1), lambda s: _ratio(s[:, 0], s[:, 1])
+
+
+def _f1_statistics(answers: Answers):
+    predicted = answers.other_class
+    hit = (answers.gold == 1) & (predicted == 1)
+    miss = answers.gold != predicted
+    return np.stack([hit, miss], axis=1).astype(float), lambda s: _ratio(2 * s[:, 0], 2 * s[:, 0] + s[:, 1])
+
+
+def _macro_f1_statistics(answers: Answers):
+    gold = np.eye(answers.classes)[answers.gold]
+    predicted = np.eye(answers.classes)[answers.predicted] * ~answers.invalid[:, None]
+    k = answers.classes
+    return (
+        np.concatenate([2 * gold * predicted, gold + predicted], axis=1),
+        lambda s: _ratio(s[:, :k], s[:, k:]).mean(axis=1),
+    )
+
+
+def _matthews_statistics(answers: Answers):
+    k, two = answers.classes, answers.classes == 2
+    predicted = answers.other_class if two else answers.held_at_gold
+    cell = np.eye(k * k)[answers.gold * k + predicted]
+    costly = np.zeros(len(cell)) if two else answers.invalid.astype(float)
+
+    def finish(sums: np.ndarray) -> np.ndarray:
+        table = sums[:, :-1].reshape(-1, k, k)
+        gold, guess, n = table.sum(axis=2), table.sum(axis=1), table.sum(axis=(1, 2))
+        covariance = np.trace(table, axis1=1, axis2=2) * n - (gold * guess).sum(axis=1)
+        spread = (n**2 - (gold**2).sum(axis=1)) * (n**2 - (guess**2).sum(axis=1))
+        return _less_invalid(_ratio(covariance, np.sqrt(spread)), sums[:, -1] / n)
+
+    return np.concatenate([cell, costly[:, None]], axis=1), finish
+
+
+def _pearson_statistics(answers: Answers):
+    x = answers.held_at_gold - answers.gold.mean()  # the same shift for both keeps them small, and equal if equal
+    y = answers.gold - answers.gold.mean()
+    columns = [np.ones(len(x)), x, y, x * x, y * y, x * y, answers.invalid]
+
+    def finish(sums: np.ndarray) -> np.ndarray:
+        n, x, y, xx, yy, xy, invalid = sums.T
+        spread = np.sqrt(np.maximum(xx - x * x / n, 0) * np.maximum(yy - y * y / n, 0))
+        return _less_invalid(_ratio(xy - x * y / n, spread), invalid / n)
+
+    return np.stack(columns, axis=1).astype(float), finish
+
+
+def _weighted_spearman(answers: Answers, counts: np.ndarray) -> np.ndarray:
+    """(samples,) Spearman of resamples, in which row i stands counts[:, i] times and repeats share their rank."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, place = np.unique(values, return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(place[order]) > 0])
+        tied = np.add.reduceat(counts[:, order], starts, axis=1)  # (samples, distinct values)
+        return (np.cumsum(tied, axis=1) - tied / 2)[:, place]  # mid-rank, up to a constant 1/2
+
+    n = counts.sum(axis=1, keepdims=True)
+    x, y = ranks(answers.held_at_gold) - n / 2, ranks(answers.gold) - n / 2  # mid-ranks have mean n / 2
+    covariance, xx, yy = ((counts * product).sum(axis=1) for product in (x * y, x * x, y * y))
+    return _less_invalid(_ratio(covariance, np.sqrt(xx * yy)), counts @ answers.invalid / n[:, 0])
+
+
+STATISTICS: dict[str, Callable] = {
+    "accuracy": lambda answers: _mean_statistics((answers.gold == answers.predicted) & ~answers.invalid),
+    "f1": _f1_statistics,
+    "f1a": _f1_statistics,
+    "macro_f1": _macro_f1_statistics,
+    "matthews": _matthews_statistics,
+    "pearson": _pearson_statistics,
+    "em": lambda answers: _mean_statistics(_question_matches(answers)),
+    "token_f1": lambda answers: _mean_statistics(_entity_matches(answers, _token_f1)),
+    "exact_match": lambda answers: _mean_statistics(_entity_matches(answers, _same_text)),
+    "gender_parity": lambda answers: _mean_statistics(_pair_matches(answers)),
+}

@@ -1,0 +1,1 @@
+"""The ground floor: processes, sharding, memory, files, errors. Imports nothing of ours."""

@@ -1,0 +1,262 @@
+"""A run's folder: where it lies, what stands in it, and its summary. The same for all four scripts."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from machine import processes
+from machine.errors import ArgumentError
+from machine.files import write_json
+from run import checkpoints
+from run.arguments import Arguments, as_dict, run_folder
+from run.history import trim_history
+from tasks import Task
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = ".lock"
+LOCATION = ("resume", "output_dir")  # where a run lies, not what it is
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "wandb")
+
+
+def folder_name(name: str) -> str:
+    """A task's or model's name as one folder name: `Qwen/Qwen2.5-1.5B` -> `Qwen2.5-1.5B`, `a b` -> `a-b`."""
+    return re.sub(r"[^\w.+-]+", "-", name.rstrip("/").rsplit("/", 1)[-1])
+
+
+def folder_of(task: Task) -> str:
+    """The folder of one task below a run of several: `SuperGLUE/RTE` -> `SuperGLUE-RTE`."""
+    return task.name.replace("/", "-")
+
+
+@dataclass
+class Run:
+    """A training run's folder, and the checkpoint that it goes on from, if it does."""
+
+    folder: Path
+    checkpoint: Path | None
+    lock: IO | None  # held until it is closed, or the process ends; the main process has it
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def open_run(
+    arguments: Arguments, task: Task | str, train: list[dict], held_out: list[dict], learning_rate: float
+) -> Run:
+    """A new run's folder, or with `--resume` the one to go on in, made ready: best/ and history.jsonl are what they
+    were at the checkpoint, and run.json says what is needed to run it again.
+
+    Raises ArgumentError if the folder is in use or holds another run, if the rows are not those that the run began
+    with, or if history.jsonl is broken; CheckpointError if no checkpoint can be used.
+    """
+    held: list[IO] = []
+
+    def open_here() -> tuple[Path, Path | None]:
+        run = _open_run(arguments, task, train, held_out, learning_rate)
+        held.append(run.lock)
+        return run.folder, run.checkpoint
+
+    return Run(*processes.broadcast_from_main(open_here), held[0] if held else None)
+
+
+def _open_run(
+    arguments: Arguments, task: Task | str, train: list[dict], held_out: list[dict], learning_rate: float
+) -> Run:
+    about = {
+        "id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "task": task if isinstance(task, str) else task.name,
+        "task_version": None if isinstance(task, str) else task.version,
+        "data_hash": data_hash(train),
+        "held_out_hash": data_hash(held_out),
+        "versions": versions(),
+        "asked": getattr(arguments, "asked", None),
+        "arguments": as_dict(arguments),
+        "resumed": [],
+    }
+    if not arguments.resume:
+        folder = make_folder(arguments, task, learning_rate, about)
+        return Run(folder, None, lock(folder))
+    folder = run_folder(arguments.resume)
+    held = lock(folder)
+    try:
+        checkpoint = _go_on(arguments, folder, about)
+    except BaseException:
+        held.close()
+        raise
+    return Run(folder, checkpoint, held)
+
+
+def _go_on(arguments: Arguments, folder: Path, now: dict) -> Path | None:
+    """Make a locked folder ready to go on in; returns the checkpoint to go on from."""
+    path = folder / "run.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    except ValueError as error:
+        raise ArgumentError(f"--resume {folder}: run.json cannot be read ({error})") from error
+    for key, rows in (("data_hash", "training"), ("held_out_hash", "held-out")):
+        if before[key] != now[key]:
+            raise ArgumentError(
+                f"--resume {folder}: the {rows} rows are not those that the run began with (their hash was "
+                f"{before[key]} and is {now[key]}); put the data file back as it was, leave out options that choose "
+                "rows, or start a new run"
+            )
+    stored = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
+    changed = {n: v for n, v in as_dict(arguments).items() if n not in LOCATION and v != stored.get(n, v)}
+    if "start_epoch" in changed:
+        raise ArgumentError(
+            f"--start_epoch {changed['start_epoch']}: {folder} began with epoch {stored['start_epoch']} and goes on by "
+            "itself; leave --start_epoch out"
+        )
+    named = Path(arguments.resume) if Path(arguments.resume).resolve() != folder.resolve() else None
+    checkpoint = checkpoints.to_resume(folder, named)
+    step = checkpoints.step_of(checkpoint) if checkpoint else -1
+    trim_history(folder, step)
+    checkpoints.settle(folder, step)
+    before["resumed"].append(
+        {"from": checkpoint.name if checkpoint else None, "time": now["started"], "changed": changed,
+         "versions": now["versions"]}
+    )  # fmt: skip
+    if changed:
+        before["asked"] = None  # the first command no longer says what this run is
+    write_json(path, before)
+    write_json(folder / "arguments.json", {**stored, **changed})
+    return checkpoint
+
+
+def lock(folder: Path) -> IO:
+    """Keep other runs out of a folder until the returned file is closed; the kernel does so however a process ends.
+
+    ArgumentError if another run holds it.
+    """
+    try:
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ArgumentError(f"{folder} cannot be written ({error.strerror}); a run must be able to") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ArgumentError(
+            f"{folder} is in use: the run of {holder} still goes on in it; wait until it ends, or give another "
+            "--output_dir"
+        ) from None
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): see to it yourself that no second run uses it.")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def make_folder(
+    arguments: Arguments, task: Task | str, learning_rate: float | None = None, about: dict | None = None
+) -> Path:
+    """The run's folder: `--output_dir`, or model/<task, or name of several>/<model>-<batch>-<lr>-<timestamp>.
+
+    about: what run.json shall hold; without it there is none. ArgumentError if the folder cannot be written, or holds
+    another run (which is never overwritten).
+    """
+    if arguments.output_dir:
+        folder = Path(arguments.output_dir)
+        # Without arguments.json, which is written last, a start was cut off before there was a run.
+        begun = (folder / "arguments.json").exists()
+        if folder.is_dir() and any(begun or not _left_by_a_start(path) for path in folder.iterdir()):
+            raise ArgumentError(
+                f"--output_dir {folder} is not empty, and nothing in it is overwritten; choose another folder"
+                + (f", or go on with that run: --resume {folder}" if (folder / "arguments.json").exists() else "")
+            )
+    else:
+        parts = [folder_name(arguments.train_model_name), str(arguments.batch_sentence_num)]
+        parts += [f"{learning_rate:g}"] if learning_rate is not None else []
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = task if isinstance(task, str) else task.name
+        folder = ROOT / "model" / name.replace("/", "-") / "-".join([*parts, stamp])
+        number = 2
+        while folder.exists():
+            folder = folder.with_name(f"{'-'.join([*parts, stamp])}-{number}")
+            number += 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if about is not None:
+            write_json(folder / "run.json", about)
+        write_json(folder / "arguments.json", as_dict(arguments))
+    except OSError as error:
+        raise ArgumentError(
+            f"--output_dir {folder} cannot be written ({error.strerror}); choose a folder that you may write to"
+        ) from error
+    return folder
+
+
+def _left_by_a_start(path: Path) -> bool:
+    return path.name in (LOCK, "run.json") or path.name.startswith(".new-")
+
+
+def versions() -> dict[str, str]:
+    """What the run was computed with: Python, the packages, the hardware and the project's commit."""
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}",
+        "commit": commit or "unknown",
+    }
+
+
+def data_hash(rows: list[dict]) -> str:
+    """A fingerprint of the rows a run was given."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_summary(
+    folder: Path,
+    method: str,
+    task: Task | str,
+    arguments: Arguments,
+    metrics: dict[str, dict[str, float]],
+    samples: int = 0,
+    train_seconds: float = 0.0,
+    **more,
+) -> dict:
+    """summary.json: what was run, what came out, and all that is needed to run it again. Returns it.
+
+    task: the task, or a name for several.
+    metrics: by moment (`before`, `after`, `best`), every official metric under its name and `invalid_rate`.
+    """
+    summary = {
+        "method": method,
+        "task": task if isinstance(task, str) else task.name,
+        "task_version": None if isinstance(task, str) else task.version,
+        "model": arguments.train_model_name,
+        "seed": arguments.seed,
+        "answer_space": arguments.answer_space,
+        "samples": samples,
+        "train_seconds": round(train_seconds, 1),
+        "peak_memory_bytes": processes.peak_memory_bytes(),
+        "metrics": metrics,
+        "versions": versions(),
+        "arguments": as_dict(arguments),
+        **more,
+    }
+    write_json(folder / "summary.json", summary)
+    return summary

@@ -1,0 +1,104 @@
+"""The formats that are not one record a row: MRPC, WSC, MultiRC, ReCoRD and MR."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+from machine.errors import DataError
+from tasks import Task
+from tasks.readers import Record, _lines, _shown
+
+NEAR_NEUTRAL = 0.5  # MR: a mean rating closer to 0 than this is neither positive nor negative
+HELD_OUT = 1000  # MR: rows in each of validation and test
+
+
+# ------------------------------------------------------- records of the formats in which a line is not simply a row
+
+
+def _mrpc(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
+    """msr_paraphrase_train.txt holds train and validation; the id pairs in dev_ids.tsv beside it are validation."""
+    path = Path(source)
+    if split == "test" or path.name not in ("msr_paraphrase_train.txt", "train.txt"):
+        yield from records
+        return
+    ids = path.with_name("dev_ids.tsv")
+    if not os.path.isfile(ids):
+        raise DataError(f"{ids}: not found; {path.name} is split by it, put it there or use train.tsv and dev.tsv.")
+    pairs = {tuple(line.split("\t")) for line in _lines(ids)}
+    for number, record in records:
+        if ((record["#1 ID"], record["#2 ID"]) in pairs) == (split == "validation"):
+            yield number, record
+
+
+def _wsc(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
+    """The spans lie in `target` in the file; the hub has them flat."""
+    return ((number, record | record.get("target", {})) for number, record in records)
+
+
+def _multirc(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
+    """A line per paragraph with its questions and their answers, to a record per answer; the hub has it flat."""
+    for number, record in records:
+        if "paragraph" in record:
+            yield number, record | {"idx": [record["idx"][name] for name in ("paragraph", "question", "answer")]}
+            continue
+        for question in record["passage"]["questions"]:
+            for answer in question["answers"]:
+                flat = {"paragraph": record["passage"]["text"], "question": question["question"]}
+                flat |= {"idx": [record["idx"], question["idx"], answer["idx"]], "answer": answer["text"]}
+                yield number, flat | ({"label": answer["label"]} if "label" in answer else {})
+
+
+def _record(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
+    """A line per passage with its entities and queries, to a record per query and candidate entity.
+
+    Candidates are the distinct entity texts in order of appearance; one that is a gold answer's text is right.
+    """
+    for number, record in records:
+        if "qas" in record:
+            passage = record["passage"]["text"]
+            spans = sorted((span["start"], span["end"]) for span in record["passage"]["entities"])
+            entities = [passage[start : end + 1] for start, end in spans]  # `end` is inclusive
+            queries = [
+                (qa["query"], qa["idx"], [answer["text"] for answer in qa.get("answers", ())]) for qa in record["qas"]
+            ]
+        else:
+            passage, entities = record["passage"], record["entities"]
+            queries = [(record["query"], record["idx"]["query"], record["answers"])]
+        for name, texts in (("entities", entities), *(("answers", answers) for _, _, answers in queries)):
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"the {name} {_shown.repr(texts)} are not a list of texts")
+        if not all(entity.strip() for entity in entities) or not entities:
+            raise ValueError("the passage has no entities, or an empty one, so its queries have no candidates")
+        for query, index, answers in queries:
+            flat = {"idx": index, "passage": passage, "query": query, "answers": list(dict.fromkeys(answers))}
+            for entity in dict.fromkeys(entities):
+                yield number, flat | {"entity": entity} | ({"label": entity in answers} if answers else {})
+
+
+def _mr(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
+    """Sentences with a mean sentiment in [-4, 4], to positive and negative ones in a fixed split.
+
+    Near-neutral sentences are left out. The others are put in the order of the SHA-256 of their id; the first go to
+    test, the next to validation (1000 each, or a fifth if the file is small), the rest to train. Sentences that are
+    equal but for case and spaces stay together, under the id of the first of them.
+    """
+    groups: dict[str, list[Record]] = {}
+    for number, record in records:
+        sentiment = float(record["sentiment"])
+        if not -4 <= sentiment <= 4:
+            raise ValueError(f"sentiment {sentiment} is not in [-4, 4]")
+        if abs(sentiment) >= NEAR_NEUTRAL:
+            text = " ".join(record["text"].split()).casefold()
+            groups.setdefault(text, []).append((number, record | {"id": record["id"], "label": int(sentiment > 0)}))
+    size = min(HELD_OUT, sum(map(len, groups.values())) // 5)
+    parts: dict[str, list[Record]] = {"test": [], "validation": [], "train": []}
+    for group in sorted(groups.values(), key=lambda group: sha256(str(group[0][1]["id"]).encode()).digest()):
+        part = next((name for name in ("test", "validation") if len(parts[name]) + len(group) <= size), "train")
+        parts[part] += group
+    yield from sorted(parts[split], key=lambda record: record[0])
+
+
+FORMATS: dict[str, Callable] = {"mrpc": _mrpc, "wsc": _wsc, "multirc": _multirc, "record": _record, "mr": _mr}

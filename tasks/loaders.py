@@ -1,0 +1,202 @@
+"""Original TSV, TXT, CSV and JSONL files, or the hub, to rows: plain dicts, one per answer the model has to give.
+
+A row holds `id` as in the file (its position where the file has none), the task's text fields, its extras, and `label`:
+a class id, a float (STS-B), or None where it is not known. Every reader turns its source into flat records with the
+hub's column names (a dict per row), so that files and hub share one way from there on.
+
+Nothing is skipped, repaired or trimmed in silence. What cannot be read raises `DataError` with file, line and value.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from machine.errors import DataError, MissingData
+from tasks import Task
+from tasks.formats import FORMATS
+from tasks.readers import Record, _checked, _csv_cells, _find, _read_jsonl, _read_table, _shown, _tsv_cells
+from tasks.table import fold
+
+DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
+SPLITS = ("train", "validation", "test")
+
+Row = dict
+
+
+def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: str | Path | None = None) -> list[Row]:
+    """The rows of a task's split, in file order.
+
+    data_path: a file in one of the task's formats, or a folder with the task's files; read instead of
+    `data_root/<task.folder>`, and then nothing else is tried. Without it, an installed package or the hub answers
+    where the file is missing. Rows of train and validation are labelled. The labels of a task without a label set
+    stay names until `with_labels` has given it one.
+
+    Raises ValueError for an unknown split, and DataError.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
+    given = Path(data_path) if data_path is not None else None
+    if given is not None and not os.path.isdir(given):  # Path.is_dir raises for some odd paths
+        if not os.path.isfile(given):
+            raise MissingData(f"{given}: no such file or folder (data_path for {task.name}); check the path.")
+        return _from_file(task, split, given)
+    folder = given if given is not None else Path(data_root) / task.folder
+    candidates = [folder / name for name in task.files.get(split, ())]
+    for path in candidates:
+        if os.path.isfile(path):
+            return _from_file(task, split, path)
+    tried = " or ".join(str(path) for path in candidates) or f"a {split} file (there is none for {task.name})"
+    if given is not None:
+        raise MissingData(f"{task.name} {split}: cannot find {tried}; put the file there or give another data_path.")
+    if task.wheel:
+        return _from_wheel(task, split, tried)
+    return _from_hub(task, split, tried)
+
+
+def with_labels(task: Task, rows_or_file: Iterable[Row] | str | Path) -> Task:
+    """The task with its label set: itself if it has one, else a copy with the sorted labels of training rows.
+
+    rows_or_file: rows that `load` returned for the task without labels, or the training file. Load the rows once more
+    with the new task to get class ids. The words are the labels in lower case; labels that no answer could tell apart
+    (they differ in case, or "_", "-" and " ", alone) raise DataError, as does a single label.
+    """
+    if task.labels or task.number:
+        return task
+    rows = load(task, "train", data_path=rows_or_file) if isinstance(rows_or_file, str | Path) else rows_or_file
+    labels = tuple(sorted({row["label"] for row in rows}))
+    words = tuple(label.lower() for label in labels)
+    if len({fold(word) for word in words}) != len(words) or len(words) < 2:
+        raise DataError(f"{task.name}: the labels {_shown.repr(', '.join(labels))} are not two or more distinct words.")
+    return replace(task, labels=labels, words=words, submission_words=labels)
+
+
+def training_rows(task: Task, rows: list[Row], seed: int) -> list[Row]:
+    """The rows to train on: all of them, but for a task with candidates one right and one wrong row per id.
+
+    The choice depends on the seed and the row order alone. An id without a right or a wrong candidate gives one row.
+    """
+    if not task.candidates:
+        return rows
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(row["id"], ([], []))[row["label"]].append(row)
+    choose = random.Random(seed).choice
+    return [choose(side) for wrong, right in groups.values() for side in (right, wrong) if side]
+
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+
+def _from_file(task: Task, split: str, path: Path) -> list[Row]:
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json"):
+        records = _read_jsonl(path)
+    else:
+        records = _read_table(task, path, _csv_cells(path) if suffix == ".csv" else _tsv_cells(path))
+    return _finish(task, split, records, str(path), "line")
+
+
+def _from_wheel(task: Task, split: str, tried: str) -> list[Row]:
+    """A file inside an installed package, which is found but never imported: it need not work, only lie there."""
+    package, _, inside = task.wheel.partition("/")
+    spec = importlib.util.find_spec(package)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        if os.path.isfile(Path(location) / inside):
+            return _from_file(task, split, Path(location) / inside)
+    raise MissingData(
+        f"{task.name} {split}: cannot find {tried}, nor {task.wheel} in an installed package; run scripts/setup.sh, "
+        f"which installs {package}, or put the file there."
+    )
+
+
+def _from_hub(task: Task, split: str, tried: str) -> list[Row]:
+    name = "/".join(part for part in task.hub if part)
+    failed, way_out = f"{task.name} {split}: cannot find {tried}, and", "data/README.md says where the file goes."
+    if not name:
+        raise MissingData(f"{failed} the hub does not have this task; {way_out}")
+    if split not in task.hub_splits:
+        raise MissingData(f"{failed} hub {name} has no such split; {way_out}")
+    try:
+        import datasets  # takes seconds, and only this function needs it
+
+        table = datasets.load_dataset(*task.hub, split=task.hub_splits[split])
+    except Exception as error:  # whatever the hub client raises, the user needs both sources in one message
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise MissingData(f"{failed} hub {name} did not answer ({reason}); {way_out}") from error
+    return _finish(task, split, enumerate(table, 1), f"hub {name} {task.hub_splits[split]}", "row")
+
+
+# ------------------------------------------------------------------------------------------------- records to rows
+
+
+def _finish(task: Task, split: str, records: Iterable[Record], source: str, unit: str) -> list[Row]:
+    """Checked rows from records. `source` and `unit` ("line" of a file, "row" of the hub) say in an error where."""
+    rows: list[Row] = []
+    keys: dict[str, str] = {}
+    number = 0  # of the record at work, for errors: a format may read ahead
+
+    def counted() -> Iterator[Record]:
+        nonlocal number
+        for entry in records:
+            number = entry[0]
+            yield entry
+
+    unfold = FORMATS.get(task.format)
+    ids = {label.lower(): index for index, label in enumerate(task.labels)}
+    if not any(name.isdecimal() for name in ids):  # else a number is a name
+        ids |= {str(index): index for index in range(len(ids))}
+    try:
+        for entry in unfold(task, split, counted(), source) if unfold else counted():
+            number, record = entry
+            if not rows:
+                keys = {name: _find(record, key) for name, key in task.columns.items()}
+                for name in task.fields if split == "test" else (*task.fields, "label"):
+                    if not keys[name]:
+                        raise KeyError(task.columns[name])
+            row = {"id": len(rows)} | {name: record[key] if key else None for name, key in keys.items()}
+            if row["id"] is None:
+                row["id"] = len(rows)
+            for part in row["id"] if task.format == "multirc" and isinstance(row["id"], list) else [row["id"]]:
+                if isinstance(part, bool) or not isinstance(part, int) and not _is_word(part):
+                    raise ValueError(f"id {_shown.repr(part)} is neither a whole number nor a word")
+            for name in task.fields:
+                row[name] = _checked(name, row[name], task.trim)
+            if keys["label"]:
+                # How a test split says that its labels are secret: nothing, and on the hub -1.
+                secret = split == "test" and row["label"] in ((None, -1) if unit == "row" else (None,))
+                row["label"] = None if secret else _label(task, ids, row["label"])
+            rows.append(row)
+    except DataError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        problem = f"the key or column {error} is missing" if isinstance(error, KeyError) else str(error)[:300]
+        raise DataError(f"{source}, {unit} {number}: {problem}; correct it, or compare with data/README.md.") from error
+    if not rows:
+        raise DataError(f"{source}: no {split} rows; the file is cut off, or it is not {task.name}'s file.")
+    return rows
+
+
+def _label(task: Task, ids: dict[str, int], value) -> int | float | str:
+    """Class id of a label written as word, number or JSON boolean; the float itself; the word if no set is known."""
+    if task.number:
+        if isinstance(value, bool) or not 0 <= float(value) <= 5:
+            raise ValueError(f"label {_shown.repr(value)} is not in [0, 5]")
+        return float(value)
+    if not task.labels:
+        if not value or not _is_word(value) or "<" in value:  # the tag after an answer begins with it
+            raise ValueError(f"label {_shown.repr(value)} is not a word")
+        return value
+    label = ids.get(str(value).lower()) if isinstance(value, str | int | float) else None
+    if label is None:
+        raise ValueError(f"label {_shown.repr(value)} is none of {', '.join(ids)}")
+    return label
+
+
+def _is_word(value) -> bool:
+    """A text on one line, with nothing around it that an answer or a leaderboard file would lose."""
+    return isinstance(value, str) and value.isprintable() and value == value.strip()

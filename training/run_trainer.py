@@ -1,0 +1,203 @@
+"""What the PPO and SFT trainers share: held-out evaluation, checkpoints, resume."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import TrainerState
+
+from engine.engine import Engine
+from machine import manifests, processes, sharding
+from machine.errors import TrainingError
+from machine.files import fsync_folder, remove_folder
+from run.checkpoints import ADAPTER_FILE, OLD_BEST, STATE_FILE, checkpoints_of, run_id, step_of
+
+PICKLE = "training_args.bin"  # Trainer leaves it, nothing reads it, and to look into it is to run what it says
+
+
+class RunTrainer:
+    """Stands before a Trainer in a class's bases.
+
+    The class sets `engine` (on the model in training), `evaluation` (`(engine) -> dict` of held-out figures, whose
+    `score` decides what is best), `on_save` (called with every checkpoint's folder before it counts as written) and
+    `samples_per_step` (of all processes);
+    its arguments have `save_methods` ("step" or "epoch") and `epoch_offset` (the number of the first epoch).
+    """
+
+    engine: Engine
+    evaluation: Callable[[Engine], dict[str, float]]
+    on_save: Callable[[Path], None]
+    samples_per_step: int
+    saved_step: int | None = None  # of the last checkpoint that was written or loaded
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train up to `max_steps`, from a checkpoint if there is one; one that is there already is only loaded."""
+        sharding.hide_frozen(self.model)
+        if checkpoint is None:
+            self.train()
+            return
+        self.saved_step = step_of(checkpoint)
+        if self.saved_step < self.args.max_steps:
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint))
+            except pickle.UnpicklingError as error:
+                raise TrainingError(
+                    f"{checkpoint} holds a file that is loaded only by running code from it, which is not done "
+                    f"({str(error).splitlines()[0]}); this program did not write it"
+                ) from error
+        else:  # Trainer would do one step more
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Run `evaluation` on the current weights; its figures are logged as eval/<name>, the best ones are saved."""
+        self.model.eval()
+        started = time.perf_counter()
+        with self.enough_memory("Lower --max_prompt_length"):
+            metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
+        metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
+        score, best = metrics.get(f"{metric_key_prefix}/score"), self._best_score()
+        # best/ first: a run that is killed in between evaluates again, and finds nothing better than what it has saved.
+        if score is not None and (best is None or score > best):
+            self.state.best_metric, self.state.best_global_step = score, self.state.global_step
+            self._write_folder("best", self.save_model, score=score)
+        self.log({**metrics, **self.so_far()})
+        if self.saved_step == self.state.global_step and processes.is_main():
+            remove_folder(Path(self.args.output_dir) / OLD_BEST)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def so_far(self) -> dict[str, float]:
+        """What every line of the dashboards says beside its own figures: samples seen, the most memory held."""
+        samples = self.state.global_step * self.samples_per_step
+        return {"train/samples": samples, "time/peak_memory_bytes": processes.peak_memory_bytes()}
+
+    def _best_score(self) -> float | None:
+        """The score of what lies in best/; without it, the best that the run knows of."""
+        manifest = manifests.read(Path(self.args.output_dir) / "best") or {}
+        return manifest.get("score", self.state.best_metric)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: Trainer's formula does not know what is left out of the forward."""
+        return 0
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of this run with the most steps; None if there is none yet."""
+        return max(checkpoints_of(Path(self.args.output_dir)), key=step_of, default=None)
+
+    step_of = staticmethod(step_of)
+
+    def _last_checkpoint_text(self) -> str:
+        checkpoint = self.last_checkpoint()
+        return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+    @contextlib.contextmanager
+    def enough_memory(self, way_out: str) -> Iterator[None]:
+        """Memory that is not enough for one row becomes a TrainingError with the step and the ways back and out."""
+        try:
+            yield
+        except MemoryError as error:
+            step = self.state.global_step + 1
+            raise TrainingError(f"{error} at step {step}; {self._last_checkpoint_text()}. {way_out}") from error
+
+    @contextlib.contextmanager
+    def named_failure(self, what: str) -> Iterator[None]:
+        """What a function of the user's raises becomes a TrainingError with the place, the step and the way back."""
+        try:
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise TrainingError(
+                f"{what} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}) at step "
+                f"{self.state.global_step + 1}; {self._last_checkpoint_text()}"
+            ) from error
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's checkpoint, under the run's own names: epoch-<n> where an epoch ends, step-<n> elsewhere."""
+        epoch = self.state.epoch or 0.0
+        name = f"step-{self.state.global_step}"
+        if self.args.save_methods == "epoch" and abs(epoch - round(epoch)) < 1e-6:
+            name = f"epoch-{self.args.epoch_offset + round(epoch)}"
+
+        def write(folder: str) -> None:
+            run, self.args.output_dir = self.args.output_dir, folder
+            try:
+                super(RunTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = run
+
+        self._write_folder(name, write)
+        self.saved_step = self.state.global_step
+        if not processes.is_main():
+            return
+        run = Path(self.args.output_dir)
+        remove_folder(run / OLD_BEST)
+        if self.args.save_total_limit:
+            for old in checkpoints_of(run)[: -self.args.save_total_limit]:
+                remove_folder(old)
+
+    def _write_folder(self, name: str, write: Callable[[str], None], **about) -> None:
+        """Write a folder of the run aside and move it into its place, so that it is there whole or not at all.
+
+        TrainingError if it cannot be written (the disk is full, say); nothing of it is left then.
+        """
+        run = Path(self.args.output_dir)
+        aside = None
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            aside = Path(processes.broadcast_from_main(lambda: tempfile.mkdtemp(dir=run, prefix=f".new-{name}-")))
+            with warnings.catch_warnings():
+                # peft asks the hub whether the base's vocabulary was changed; it was not, and there may be no hub.
+                warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
+                write(str(aside))
+            processes.all_gather([name])  # all have written what is theirs
+            processes.broadcast_from_main(lambda: self._move_into_place(aside, name, about))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            left = ", ".join(path.name for path in checkpoints_of(run)) or "no checkpoint"
+            raise TrainingError(
+                f"{run / name} could not be written at step {self.state.global_step} ({reason}); what was there is "
+                f"untouched: {left}"
+            ) from error
+        finally:
+            if aside is not None and processes.is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _move_into_place(self, aside: Path, name: str, about: dict) -> None:
+        """Complete a folder that was written aside, and give it its name."""
+        run = Path(self.args.output_dir)
+        inner = aside / f"checkpoint-{self.state.global_step}"  # Trainer's own name
+        if inner.is_dir():
+            for part in inner.iterdir():
+                part.rename(aside / part.name)
+            inner.rmdir()
+        (aside / PICKLE).unlink(missing_ok=True)
+        self.on_save(aside)
+        manifests.write(aside, step=self.state.global_step, run=run_id(run), **about)
+        aside.chmod(0o755)
+        if name == "best" and self.args.save_strategy != "no" and not (run / OLD_BEST).exists():
+            if (run / name).exists():
+                os.replace(run / name, run / OLD_BEST)  # until a checkpoint has caught up with the new one
+        else:
+            remove_folder(run / name)
+        os.replace(aside, run / name)
+        fsync_folder(run)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The adapter's weights alone, from safetensors; Trainer would also load start/ as a second adapter."""
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_FILE))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
