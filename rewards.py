@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from tasks import Task
-from tasks.table import fold
+from tasks.labels import fold
 
 JUDGEMENT = "<Judgement>"
 JUDGEMENT_END = "</Judgement>"

@@ -113,7 +113,7 @@ def check(arguments: SFTArguments) -> list[tuple[Task, str | None]]:
                 "data/GLUE with RTE/train.tsv in it"
             )
     else:
-        named = splits.sharing_training_file(get_tasks(arguments.task))
+        named = splits.one_per_training_file(get_tasks(arguments.task))
         if not named:
             raise ArgumentError(f"--task {arguments.task} has no training data: it is answered by another task's model")
         if len(named) > 1 and Path(arguments.data_path or ".").is_file():

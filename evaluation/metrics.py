@@ -30,7 +30,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import tasks
 from tasks import Task
-from tasks.splits import most_frequent_label, units
+from tasks.splits import units
 
 Prediction = int | float | None
 
@@ -273,11 +273,6 @@ def suite_score(suite: str, scores: dict[str, dict[str, float]]) -> float:
         value = sum(own[task.name][metric] for metric in task.metrics) / len(task.metrics)
         parts.setdefault(task.folder, []).append(value)
     return sum(sum(values) / len(values) for values in parts.values()) / len(parts)
-
-
-def majority_baseline(task: Task, train_rows: list[dict], rows: list[dict]) -> dict[str, float]:
-    """`score` of answering every row with the training set's majority label."""
-    return score(task, rows, [most_frequent_label(task, train_rows)] * len(rows))
 
 
 def confusion_counts(task: Task, rows: list[dict], predictions: Sequence[Prediction]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The formats that are not one record a row: MRPC, WSC, MultiRC, ReCoRD and MR."""
+"""The formats in which a record is not simply a row: MRPC, WSC, MultiRC, ReCoRD and MR."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from machine.errors import DataError
-from tasks import Task
-from tasks.readers import Record, _lines, _shown
+from tasks.readers import Record, read_lines, short_repr
+from tasks.table import Task
 
 NEAR_NEUTRAL = 0.5  # MR: a mean rating closer to 0 than this is neither positive nor negative
 HELD_OUT = 1000  # MR: rows in each of validation and test
-
-
-# ------------------------------------------------------- records of the formats in which a line is not simply a row
 
 
 def _mrpc(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
@@ -27,7 +24,7 @@ def _mrpc(task: Task, split: str, records: Iterable[Record], source: str) -> Ite
     ids = path.with_name("dev_ids.tsv")
     if not os.path.isfile(ids):
         raise DataError(f"{ids}: not found; {path.name} is split by it, put it there or use train.tsv and dev.tsv.")
-    pairs = {tuple(line.split("\t")) for line in _lines(ids)}
+    pairs = {tuple(line.split("\t")) for line in read_lines(ids)}
     for number, record in records:
         if ((record["#1 ID"], record["#2 ID"]) in pairs) == (split == "validation"):
             yield number, record
@@ -69,7 +66,7 @@ def _record(task: Task, split: str, records: Iterable[Record], source: str) -> I
             queries = [(record["query"], record["idx"]["query"], record["answers"])]
         for name, texts in (("entities", entities), *(("answers", answers) for _, _, answers in queries)):
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"the {name} {_shown.repr(texts)} are not a list of texts")
+                raise ValueError(f"the {name} {short_repr(texts)} are not a list of texts")
         if not all(entity.strip() for entity in entities) or not entities:
             raise ValueError("the passage has no entities, or an empty one, so its queries have no candidates")
         for query, index, answers in queries:

@@ -4,7 +4,7 @@ A row holds `id` as in the file (its position where the file has none), the task
 a class id, a float (STS-B), or None where it is not known. Every reader turns its source into flat records with the
 hub's column names (a dict per row), so that files and hub share one way from there on.
 
-Nothing is skipped, repaired or trimmed in silence. What cannot be read raises `DataError` with file, line and value.
+Nothing is skipped, repaired or trimmed silently. What cannot be read raises `DataError` with file, line and value.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from machine.errors import DataError, MissingData
-from tasks import Task
 from tasks.formats import FORMATS
-from tasks.readers import Record, _checked, _csv_cells, _find, _read_jsonl, _read_table, _shown, _tsv_cells
-from tasks.table import fold
+from tasks.labels import fold
+from tasks.readers import Record, find_column, read_records, short_repr
+from tasks.table import Task
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "validation", "test")
+MAX_CHARACTERS = 50_000  # a longer field is not a text but a broken quote or line end that swallowed the next rows
 
-Row = dict
 
-
-def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: str | Path | None = None) -> list[Row]:
+def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: str | Path | None = None) -> list[dict]:
     """The rows of a task's split, in file order.
 
-    data_path: a file in one of the task's formats, or a folder with the task's files; read instead of
-    `data_root/<task.folder>`, and then nothing else is tried. Without it, an installed package or the hub answers
-    where the file is missing. Rows of train and validation are labelled. The labels of a task without a label set
-    stay names until `with_labels` has given it one.
+    data_path: a file in one of the task's formats, or a folder with the task's files. It replaces
+    `data_root/<task.folder>`, and nothing else is tried. Without it, an installed package or the hub is the second
+    source. Rows of train and validation are labelled. The labels of a task without a label set stay names until
+    `with_labels` has given it one.
 
     Raises ValueError for an unknown split, and DataError.
     """
@@ -58,7 +57,7 @@ def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: s
     return _from_hub(task, split, tried)
 
 
-def with_labels(task: Task, rows_or_file: Iterable[Row] | str | Path) -> Task:
+def with_labels(task: Task, rows_or_file: Iterable[dict] | str | Path) -> Task:
     """The task with its label set: itself if it has one, else a copy with the sorted labels of training rows.
 
     rows_or_file: rows that `load` returned for the task without labels, or the training file. Load the rows once more
@@ -71,12 +70,12 @@ def with_labels(task: Task, rows_or_file: Iterable[Row] | str | Path) -> Task:
     labels = tuple(sorted({row["label"] for row in rows}))
     words = tuple(label.lower() for label in labels)
     if len({fold(word) for word in words}) != len(words) or len(words) < 2:
-        raise DataError(f"{task.name}: the labels {_shown.repr(', '.join(labels))} are not two or more distinct words.")
+        raise DataError(f"{task.name}: the labels {short_repr(', '.join(labels))} are not two or more distinct words.")
     return replace(task, labels=labels, words=words, submission_words=labels)
 
 
-def training_rows(task: Task, rows: list[Row], seed: int) -> list[Row]:
-    """The rows to train on: all of them, but for a task with candidates one right and one wrong row per id.
+def training_rows(task: Task, rows: list[dict], seed: int) -> list[dict]:
+    """The rows to train on: all of them; for a task with candidates, one right and one wrong row per id.
 
     The choice depends on the seed and the row order alone. An id without a right or a wrong candidate gives one row.
     """
@@ -89,20 +88,12 @@ def training_rows(task: Task, rows: list[Row], seed: int) -> list[Row]:
     return [choose(side) for wrong, right in groups.values() for side in (right, wrong) if side]
 
 
-# ------------------------------------------------------------------------------------------------------- sources
+def _from_file(task: Task, split: str, path: Path) -> list[dict]:
+    return _to_rows(task, split, read_records(task, path), str(path), "line")
 
 
-def _from_file(task: Task, split: str, path: Path) -> list[Row]:
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".json"):
-        records = _read_jsonl(path)
-    else:
-        records = _read_table(task, path, _csv_cells(path) if suffix == ".csv" else _tsv_cells(path))
-    return _finish(task, split, records, str(path), "line")
-
-
-def _from_wheel(task: Task, split: str, tried: str) -> list[Row]:
-    """A file inside an installed package, which is found but never imported: it need not work, only lie there."""
+def _from_wheel(task: Task, split: str, tried: str) -> list[dict]:
+    """A file inside an installed package. The package is located and never imported, so it need not even work."""
     package, _, inside = task.wheel.partition("/")
     spec = importlib.util.find_spec(package)
     for location in (spec.submodule_search_locations or ()) if spec else ():
@@ -114,7 +105,7 @@ def _from_wheel(task: Task, split: str, tried: str) -> list[Row]:
     )
 
 
-def _from_hub(task: Task, split: str, tried: str) -> list[Row]:
+def _from_hub(task: Task, split: str, tried: str) -> list[dict]:
     name = "/".join(part for part in task.hub if part)
     failed, way_out = f"{task.name} {split}: cannot find {tried}, and", "data/README.md says where the file goes."
     if not name:
@@ -128,17 +119,14 @@ def _from_hub(task: Task, split: str, tried: str) -> list[Row]:
     except Exception as error:  # whatever the hub client raises, the user needs both sources in one message
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MissingData(f"{failed} hub {name} did not answer ({reason}); {way_out}") from error
-    return _finish(task, split, enumerate(table, 1), f"hub {name} {task.hub_splits[split]}", "row")
+    return _to_rows(task, split, enumerate(table, 1), f"hub {name} {task.hub_splits[split]}", "row")
 
 
-# ------------------------------------------------------------------------------------------------- records to rows
-
-
-def _finish(task: Task, split: str, records: Iterable[Record], source: str, unit: str) -> list[Row]:
+def _to_rows(task: Task, split: str, records: Iterable[Record], source: str, unit: str) -> list[dict]:
     """Checked rows from records. `source` and `unit` ("line" of a file, "row" of the hub) say in an error where."""
-    rows: list[Row] = []
-    keys: dict[str, str] = {}
-    number = 0  # of the record at work, for errors: a format may read ahead
+    rows: list[dict] = []
+    columns: dict[str, str] = {}
+    number = 0  # of the current record, for errors: a format may read ahead
 
     def counted() -> Iterator[Record]:
         nonlocal number
@@ -147,26 +135,16 @@ def _finish(task: Task, split: str, records: Iterable[Record], source: str, unit
             yield entry
 
     unfold = FORMATS.get(task.format)
-    ids = {label.lower(): index for index, label in enumerate(task.labels)}
-    if not any(name.isdecimal() for name in ids):  # else a number is a name
-        ids |= {str(index): index for index in range(len(ids))}
+    ids = _label_ids(task)
     try:
         for entry in unfold(task, split, counted(), source) if unfold else counted():
             number, record = entry
-            if not rows:
-                keys = {name: _find(record, key) for name, key in task.columns.items()}
-                for name in task.fields if split == "test" else (*task.fields, "label"):
-                    if not keys[name]:
-                        raise KeyError(task.columns[name])
-            row = {"id": len(rows)} | {name: record[key] if key else None for name, key in keys.items()}
-            if row["id"] is None:
-                row["id"] = len(rows)
-            for part in row["id"] if task.format == "multirc" and isinstance(row["id"], list) else [row["id"]]:
-                if isinstance(part, bool) or not isinstance(part, int) and not _is_word(part):
-                    raise ValueError(f"id {_shown.repr(part)} is neither a whole number nor a word")
+            columns = columns or _find_columns(task, split, record)
+            row = {"id": None} | {name: record[column] if column else None for name, column in columns.items()}
+            row["id"] = _checked_id(task, len(rows) if row["id"] is None else row["id"])
             for name in task.fields:
-                row[name] = _checked(name, row[name], task.trim)
-            if keys["label"]:
+                row[name] = _checked_text(name, row[name], task.trim)
+            if columns["label"]:
                 # How a test split says that its labels are secret: nothing, and on the hub -1.
                 secret = split == "test" and row["label"] in ((None, -1) if unit == "row" else (None,))
                 row["label"] = None if secret else _label(task, ids, row["label"])
@@ -181,22 +159,57 @@ def _finish(task: Task, split: str, records: Iterable[Record], source: str, unit
     return rows
 
 
+def _find_columns(task: Task, split: str, record: dict) -> dict[str, str]:
+    """The source's column for every field of a row, "" for an optional one that it lacks. KeyError for any other."""
+    columns = {name: find_column(record, key) for name, key in task.columns.items()}
+    for name in task.fields if split == "test" else (*task.fields, "label"):
+        if not columns[name]:
+            raise KeyError(task.columns[name])
+    return columns
+
+
+def _checked_id(task: Task, value):
+    """The id as it is. ValueError if it, or a part of MultiRC's, is neither a whole number nor a word."""
+    for part in value if task.format == "multirc" and isinstance(value, list) else [value]:
+        if isinstance(part, bool) or not isinstance(part, int) and not _is_word(part):
+            raise ValueError(f"id {short_repr(part)} is neither a whole number nor a word")
+    return value
+
+
+def _checked_text(name: str, text, trim: bool) -> str:
+    """The text, with `trim` without the space at its end. ValueError if it is not a text, or too long for one."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} {short_repr(text)} is not a text")
+    if len(text) >= MAX_CHARACTERS:
+        cause = "a line break or quotation mark before it is probably broken"
+        raise ValueError(f"{name} {text[:40]!r}... has {len(text)} characters (limit {MAX_CHARACTERS}): {cause}")
+    return text.removesuffix(" ") if trim else text
+
+
+def _label_ids(task: Task) -> dict[str, int]:
+    """The class id of everything that a file may write for a label, in lower case."""
+    ids = {label.lower(): index for index, label in enumerate(task.labels)}
+    if any(name.isdecimal() for name in ids):  # then a number is a name
+        return ids
+    return ids | {str(index): index for index in range(len(ids))}
+
+
 def _label(task: Task, ids: dict[str, int], value) -> int | float | str:
-    """Class id of a label written as word, number or JSON boolean; the float itself; the word if no set is known."""
+    """The class id of a label written as word, number or JSON boolean; the float; the name if there is no label set."""
     if task.number:
         if isinstance(value, bool) or not 0 <= float(value) <= 5:
-            raise ValueError(f"label {_shown.repr(value)} is not in [0, 5]")
+            raise ValueError(f"label {short_repr(value)} is not in [0, 5]")
         return float(value)
     if not task.labels:
         if not value or not _is_word(value) or "<" in value:  # the tag after an answer begins with it
-            raise ValueError(f"label {_shown.repr(value)} is not a word")
+            raise ValueError(f"label {short_repr(value)} is not a word")
         return value
     label = ids.get(str(value).lower()) if isinstance(value, str | int | float) else None
     if label is None:
-        raise ValueError(f"label {_shown.repr(value)} is none of {', '.join(ids)}")
+        raise ValueError(f"label {short_repr(value)} is none of {', '.join(ids)}")
     return label
 
 
 def _is_word(value) -> bool:
-    """A text on one line, with nothing around it that an answer or a leaderboard file would lose."""
+    """Whether it is text on one line, with nothing around it that an answer or a leaderboard file would lose."""
     return isinstance(value, str) and value.isprintable() and value == value.strip()

@@ -1,4 +1,4 @@
-"""Files to flat records: TSV, CSV and JSON Lines, with errors that name file and line."""
+"""TSV, CSV and JSON Lines files to flat records. An error names the file and the line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,43 @@ from itertools import chain
 from pathlib import Path
 
 from machine.errors import DataError
-from tasks import Task
+from tasks.table import Task
 
-MAX_CHARACTERS = 50_000  # a field this long is no text but a quote or line end that swallowed the rows after it
 WHOLE_NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # an id that is the same when it is written out again
 Record = tuple[int, dict]  # (1-based line number, column name -> value)
 
-_shown = reprlib.Repr()  # a value in an error: whole if it is short, never nested too deeply to print
-_shown.maxstring = _shown.maxother = 60
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
 
 
-# ------------------------------------------------------------------------------------------------ files to records
+def short_repr(value: object) -> str:
+    """A value for an error message: whole if it is short, and never too deeply nested to print."""
+    return _repr.repr(value)
 
 
-def _text(path: Path) -> str:
+def read_records(task: Task, path: Path) -> Iterator[Record]:
+    """A file's records, as its suffix says: .jsonl and .json hold an object a line, .csv has quotes, all else tabs."""
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json"):
+        return _read_jsonl(path)
+    return _read_table(task, path, _csv_cells(path) if suffix == ".csv" else _tsv_cells(path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """A text file's lines without their ends, and without empty lines at the end of the file."""
+    # str.splitlines would also cut at characters such as U+2028 and U+0085, which stand inside texts.
+    lines = [line.removesuffix("\r") for line in _read_text(path).split("\n")]
+    while not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def find_column(names: Iterable[str], key: str) -> str:
+    """The first of the alternatives "x|y" that is among the names; "" if none is."""
+    return next((name for name in key.split("|") if name in names), "")
+
+
+def _read_text(path: Path) -> str:
     """The file's text without a byte order mark."""
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -43,22 +66,14 @@ def _text(path: Path) -> str:
     return text
 
 
-def _lines(path: Path) -> list[str]:
-    # str.splitlines would also cut at characters such as U+2028 and U+0085, which stand inside texts.
-    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
-    while not lines[-1]:
-        lines.pop()
-    return lines
-
-
 def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Tab-separated lines, quoting off: hundreds of fields begin with a lone quotation mark."""
-    return ((number, line.split("\t")) for number, line in enumerate(_lines(path), 1))
+    return ((number, line.split("\t")) for number, line in enumerate(read_lines(path), 1))
 
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Comma-separated values with quoting on: here a text may hold commas and line breaks."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     number = 1
     try:
         for cells in reader:
@@ -72,14 +87,14 @@ def _read_table(task: Task, path: Path, lines: Iterator[tuple[int, list[str]]]) 
     """Records from cells. A header is known by the names of the text columns; the order of the columns is free."""
     number, cells = next(lines)
     header, rest = cells, lines
-    if not all(_find(header, task.columns[name]) for name in task.fields):
+    if not all(find_column(header, task.columns[name]) for name in task.fields):
         if not task.header or len(cells) != len(task.header):
-            names, found = ", ".join(task.columns[name] for name in task.fields), _shown.repr(cells)
+            names, found = ", ".join(task.columns[name] for name in task.fields), short_repr(cells)
             raise DataError(
                 f"{path}, line 1: no header with the columns {names} but {found}; is it {task.name}'s file?"
             )
         header, rest = list(task.header), chain([(number, cells)], lines)
-    width, index = len(header), _find(header, task.columns.get("id", ""))
+    width, index = len(header), find_column(header, task.columns.get("id", ""))
     for number, cells in rest:
         # Empty surplus columns are allowed. The label stands last: RTE's train row 2164 has one just before it.
         while len(cells) > width and not cells[-2]:
@@ -87,7 +102,7 @@ def _read_table(task: Task, path: Path, lines: Iterator[tuple[int, list[str]]]) 
         while len(cells) > width and not cells[-1]:
             cells.pop()
         if len(cells) != width:
-            found = f"{len(cells)} columns instead of {width} in {_shown.repr(cells)}"
+            found = f"{len(cells)} columns instead of {width} in {short_repr(cells)}"
             raise DataError(f"{path}, line {number}: {found}; a separator or line break is missing or too many.")
         record = dict(zip(header, cells, strict=True))
         if index and WHOLE_NUMBER.fullmatch(record[index]):
@@ -96,32 +111,18 @@ def _read_table(task: Task, path: Path, lines: Iterator[tuple[int, list[str]]]) 
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             record = json.loads(line)
             if "\\u" in line:
                 json.dumps(record, ensure_ascii=False).encode()  # an escape can be half of a character
         except UnicodeEncodeError as error:
-            found = f"{_shown.repr(error.object[error.start])} is half of a character"
+            found = f"{short_repr(error.object[error.start])} is half of a character"
             raise DataError(f"{path}, line {number}: {found}, whose other half is missing; correct it.") from error
         except (ValueError, RecursionError) as error:
-            found = f"not JSON ({error}) in {_shown.repr(line)}"
+            found = f"not JSON ({error}) in {short_repr(line)}"
             raise DataError(f"{path}, line {number}: {found}; the file needs one object a line.") from error
         if not isinstance(record, dict):
-            found = f"{_shown.repr(line)} is no JSON object"
+            found = f"{short_repr(line)} is not a JSON object"
             raise DataError(f"{path}, line {number}: {found}; the file needs one a line.")
         yield number, record
-
-
-def _find(names: Iterable[str], key: str) -> str:
-    """The first of the alternatives "x|y" that is among the names, or "" if none is."""
-    return next((name for name in key.split("|") if name in names), "")
-
-
-def _checked(name: str, text, trim: bool) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{name} {_shown.repr(text)} is not a text")
-    if len(text) >= MAX_CHARACTERS:
-        cause = "a line break or quotation mark before it is probably broken"
-        raise ValueError(f"{name} {text[:40]!r}... has {len(text)} characters (limit {MAX_CHARACTERS}): {cause}")
-    return text.removesuffix(" ") if trim else text

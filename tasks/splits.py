@@ -1,23 +1,22 @@
-"""Which rows of a task are trained on, and which are held out or answered. The same for all four scripts."""
+"""Which rows of a task are trained on, held out, or answered: the same for all four scripts."""
 
 import os
 import random
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-import tasks
 from machine.errors import DataError, MissingData
-from tasks import Task, loaders
+from tasks import loaders
+from tasks.labels import most_frequent_label
+from tasks.table import TASKS, Task, get
 
 
 def task_path(task: Task, data_path: str, several: bool = False) -> str | None:
-    """What `loaders.load` takes as data_path, from `--data_path`; None if that is empty.
+    """The data_path of `loaders.load` for a task, from `--data_path`; None if that is empty.
 
-    A folder is the task's own, or holds the tasks' folders as data/ (GLUE/RTE) or data/GLUE (RTE) do. With `several`
-    tasks it cannot be one task's own.
+    The folder is the task's own, or it holds the tasks' folders as data/ (GLUE/RTE) or data/GLUE (RTE) does. With
+    `several` tasks it cannot be the task's own.
     """
     if not data_path:
         return None
@@ -29,7 +28,7 @@ def task_path(task: Task, data_path: str, several: bool = False) -> str | None:
 
 
 def choose(task: Task, rows: list[dict], size: int) -> list[dict]:
-    """`size` of the rows (0: all), always the same ones, in their order. Rows that are scored as one stay together."""
+    """`size` of the rows (0: all), always the same ones, in file order. Rows that are scored as one stay together."""
     if not size or size >= len(rows):
         return rows
     order = list(range(len(rows)))
@@ -43,7 +42,7 @@ def labelled(task: Task, data_path: str | None) -> Task:
     """The task with its label set, which for some is read from the training data (see loaders.with_labels)."""
     if task.labels or task.number:
         return task
-    is_file = data_path is not None and os.path.isfile(data_path)
+    is_file = os.path.isfile(data_path or "")
     try:
         rows = loaders.load(task, "train", data_path=None if is_file else data_path)
     except MissingData:
@@ -55,13 +54,12 @@ def labelled(task: Task, data_path: str | None) -> Task:
 
 
 def held_out(task: Task, data_path: str | None, size: int) -> tuple[list[dict], int]:
-    """Labelled rows to evaluate on, `size` of the validation split (0: all), and how many rows at the end of the
-    training split they are.
+    """Labelled rows to evaluate on, and how many of the training split's last rows they are.
 
-    That number is 0 where there is a validation split. Where there is none, the last rows of the training split (at
-    most a fifth) are held out instead, and must not be trained on.
+    They are `size` rows of the validation split (0: all), and the number is 0. Without a validation split they are the
+    last rows of the training split, at most a fifth of it, which must not be trained on.
     """
-    is_file = data_path is not None and os.path.isfile(data_path)
+    is_file = os.path.isfile(data_path or "")
     try:
         rows = loaders.load(task, "validation", data_path=None if is_file else data_path)
         return choose(task, rows, size), 0
@@ -78,15 +76,17 @@ def held_out(task: Task, data_path: str | None, size: int) -> tuple[list[dict], 
 
 
 def training(task: Task, data_path: str) -> list[dict]:
-    """The labelled rows that the model that answers the task is trained on; a `--data_path` that is a file is left
-    alone. Raises MissingData if there are none."""
-    source = tasks.get(task.answered_by) if task.answered_by else task
-    is_file = os.path.isfile(data_path or ".")
+    """The labelled training rows of the model that answers the task; a `--data_path` that is a file is ignored.
+
+    Raises MissingData if there are none.
+    """
+    source = get(task.answered_by) if task.answered_by else task
+    is_file = os.path.isfile(data_path)
     return loaders.load(source, "train", data_path=None if is_file else task_path(source, data_path))
 
 
 def majority_label(task: Task, rows: list[dict], data_path: str) -> tuple[int | float, str]:
-    """The most frequent label and where it was counted: in the training split, else in the answered rows."""
+    """The most frequent label, and what it was counted in: the training split, else the answered rows."""
     if task.candidates:  # of a question's many candidates most are wrong, in every split
         return 0, "no candidate"
     try:
@@ -98,9 +98,9 @@ def majority_label(task: Task, rows: list[dict], data_path: str) -> tuple[int | 
 
 
 def train_and_held_out(task: Task, data_path: str | None, size: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and rows to evaluate on (the same ones whatever the seed). DataError if one has no label.
+    """Rows to train on, and rows to evaluate on, which do not depend on the seed. DataError if one has no label.
 
-    `data_path` a file of its own is trained on; the held-out rows are then the validation split, or the file's end.
+    A `data_path` that is a file is trained on; the held-out rows are then the validation split, or the file's end.
     """
     train = loaders.load(task, "train", data_path=data_path)
     evaluated, end = held_out(task, data_path, size)
@@ -114,36 +114,30 @@ def train_and_held_out(task: Task, data_path: str | None, size: int, seed: int) 
 def found_below(root: str | Path) -> list[tuple[Task, str]]:
     """Every task whose training file lies below a folder, with the folder of its files.
 
-    The folder is laid out as data/ (GLUE/RTE/train.tsv) or as data/GLUE (RTE/train.tsv). Tasks that share their
-    training file (MNLI-m, MNLI-mm) are one.
+    The folder is laid out as data/ (GLUE/RTE/train.tsv) or as data/GLUE (RTE/train.tsv). Of tasks that share their
+    training file (MNLI-m, MNLI-mm) only the first is returned.
     """
-    places = {task.name: Path(task_path(task, str(root), several=True)) for task in tasks.TASKS.values()}
-    found = [task for task in tasks.TASKS.values() if any(os.path.isfile(places[task.name] / f) for f in files(task))]
-    return [(task, str(places[task.name])) for task in sharing_training_file(found)]
+    folders = {name: Path(task_path(task, str(root), several=True)) for name, task in TASKS.items()}
+    found = [
+        task
+        for name, task in TASKS.items()
+        if any(os.path.isfile(folders[name] / file) for file in training_files(task))
+    ]
+    return [(task, str(folders[task.name])) for task in one_per_training_file(found)]
 
 
-def files(task: Task) -> tuple[str, ...]:
+def training_files(task: Task) -> tuple[str, ...]:
     """The names that the task's training file may have; none for a task that another task's model answers."""
     return () if task.answered_by else task.files.get("train", ())
 
 
-def sharing_training_file(several: list[Task]) -> list[Task]:
-    """The first of the tasks that share a training file (MNLI-m, MNLI-mm), and none that has no training file."""
+def one_per_training_file(several: list[Task]) -> list[Task]:
+    """The first task of each training file (MNLI-m and MNLI-mm share one); those without such a file are left out."""
     first: dict = {}
     for task in several:
-        if files(task) or task.wheel:
-            first.setdefault((task.folder, files(task)), task)
+        if training_files(task) or task.wheel:
+            first.setdefault((task.folder, training_files(task)), task)
     return list(first.values())
-
-
-def most_frequent_label(task: Task, rows: Iterable[dict]) -> int | float:
-    """The most frequent label of labelled rows (the lowest of equals); for a number task the mean."""
-    labels = [row["label"] for row in rows if row["label"] is not None]
-    if not labels:
-        raise ValueError(f"{task.name}: no labelled rows to take the majority label from")
-    if task.number:
-        return float(np.mean(labels))
-    return min(Counter(labels).items(), key=lambda item: (-item[1], item[0]))[0]
 
 
 def units(task: Task, rows: list[dict]) -> np.ndarray:

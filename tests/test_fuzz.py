@@ -23,7 +23,7 @@ import tasks
 from engine import models
 from evaluation import bootstrap, leaderboard, metrics
 from machine.errors import DataError, PromptError
-from tasks import Task, loaders, readers, splits
+from tasks import Task, loaders, splits
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ALL = [with_labels(task) for task in tasks.TASKS.values()]  # every one with a label set
@@ -99,7 +99,7 @@ def read(task: Task, split: str, path: Path, content: bytes) -> list[dict] | Non
     assert rows
     for row in rows:
         assert set(row) == {"id", *task.columns}
-        assert all(isinstance(row[name], str) and len(row[name]) < readers.MAX_CHARACTERS for name in task.fields)
+        assert all(isinstance(row[name], str) and len(row[name]) < loaders.MAX_CHARACTERS for name in task.fields)
         assert row["label"] is not None or split == "test"
         if row["label"] is not None:
             kinds = {True: float, False: int if task.labels else str}

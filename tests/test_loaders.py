@@ -505,7 +505,7 @@ BOOLQ = json.dumps({"passage": "p", "question": "q", "label": True, "idx": 0}) +
         ("", ["the file is empty"]),
         (BOOLQ + '{"passage": "p"', ["line 2", "not JSON"]),
         (BOOLQ + "\n" + BOOLQ, ["line 2", "not JSON"]),
-        (BOOLQ + "[1]\n", ["line 2", "is no JSON object"]),
+        (BOOLQ + "[1]\n", ["line 2", "is not a JSON object"]),
         (BOOLQ + "[" * 100_000, ["line 2", "not JSON"]),
         (BOOLQ + '{"passage": "p", "label": true, "idx": 1}\n', ["line 2", "'question' is missing"]),
         (BOOLQ + '{"passage": "p", "question": "q", "idx": 1}\n', ["line 2", "'label' is missing"]),
