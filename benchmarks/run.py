@@ -3,7 +3,7 @@
     bash benchmarks/run.sh                    all of it: hours
     bash benchmarks/run.sh a e --seeds 0 1 2  some of it
     bash benchmarks/run.sh --quick            everything with as little work as possible, to see that it runs
-    bash benchmarks/run.sh --table            only print the tables of what was measured before
+    bash benchmarks/run.sh --table            measure nothing: print the tables and write results.md
 
 a: PPO's seconds per sample and memory against TRL. b: scoring against lm-evaluation-harness. c: share of the matrix
 rate. d: growth with batch size, prompt length and demonstrations. e: seconds to an accuracy. Every measurement is a
@@ -101,7 +101,7 @@ def store(path: Path, records: list[dict]) -> None:
     """Write the records, and their tables beside them, whole or not at all."""
     for target, text in (
         (path, json.dumps(records, indent=1) + "\n"),
-        (path.with_suffix(".md"), report.render(records)),
+        (path.with_suffix(".md"), report.document(records)),
     ):
         aside = target.with_name(f".{target.name}")
         aside.write_text(text, encoding="utf-8")
@@ -124,7 +124,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmarks", nargs="*", choices=[*JOBS, []], metavar="a b c d e", help="which; default all")
     parser.add_argument("--quick", action="store_true", help="as little work as possible; kept apart from the results")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print and write the tables")
     parser.add_argument("--list", action="store_true", help="measure nothing, print the commands")
     parser.add_argument("--programs", nargs="+", default=[], help="only those whose names contain one of these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of benchmark e; the others take the first")
@@ -170,7 +170,9 @@ def main() -> None:
     (ROOT / WORK).mkdir(parents=True, exist_ok=True)
     records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     failed = 0
-    if not arguments.table:
+    if arguments.table and records:
+        store(path, records)
+    elif not arguments.table:
         try:
             prepare(jobs, arguments.threads)
         except environments.EnvironmentProblem as error:

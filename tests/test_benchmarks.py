@@ -1,6 +1,7 @@
 """The parts of benchmarks/ that compute without measuring: operations, tables, JSON lines, turns."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,13 @@ def test_spread(values, digits, text):
 
 def test_a_cell_cannot_break_the_table():
     assert report.table(["a"], [["x | y"]]).splitlines()[-1] == "| x \\| y |"
+
+
+def test_the_committed_tables_are_those_of_the_measurements():
+    folder = Path(report.__file__).parent
+    records = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    written = (folder / "results.md").read_text(encoding="utf-8")
+    assert written == report.document(records), "results.md is not current; benchmarks/run.sh --table writes it"
 
 
 # ------------------------------------------------------------------------------------------------------ what is run
