@@ -4,8 +4,8 @@ A prompt is an instruction that is the same for every row (so that the engine co
 a short question at the end (paid for every row). The assistant's turn is begun as `<Judgement>` (with chain of thought:
 `<Analysis>`), so the next token is the answer. Wording is half of the method: a model that never gives an answer that
 parses gets no signal to learn from, so every wording here was tried on real rows
-(docs/results/prompts.md). What worked on small models is to show the possible answers as they are to be written, tags included, and to
-end on the name of what is asked for.
+(docs/results/prompts.md). What worked on small models is to show the possible answers as they are to be written, tags
+included, and to end on the name of what is asked for.
 
 A row's text is only ever data. What a chat template (or the plain layout) tells its turns apart by is broken up by a
 space where it stands in a text, special tokens and plain marks such as `[INST]` or `Assistant:` alike; all other texts

@@ -1,26 +1,71 @@
-"""The README's commands, each run for real with the embedded model and as little work as possible."""
+"""The documents: every command runs, every option, link and test that they name exists.
+
+A command in a ```bash block is run for real, with the embedded model and as little work as possible. One in a ```text
+block takes hours, several processes or files that are not here: its options, methods and files are checked.
+"""
 
 import os
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import prompts
 from fewshot import FewshotArguments
 from inference import InferenceArguments
 from ppo import PPOArguments
+from report import ReportArguments
 from sft import SFTArguments
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-COMMANDS = [
-    line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip() and line[0] != "#"
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+READ_ONLY = [ROOT / "data" / "README.md", ROOT / "CHANGELOG.md"]  # nothing to run: downloads, and no commands
+LONGEST = {"README.md": 170, "RESULTS.md": 150, "benchmarks/README.md": 150}  # lines
 TINY = ["--eval_size", "4", "--batch_sentence_num", "2", "--report_to", "none"]
 TINY_TRAINING = [*TINY, "--max_steps", "1"]
+ARGUMENTS = {
+    "ppo": PPOArguments,
+    "sft": SFTArguments,
+    "inference": InferenceArguments,
+    "fewshot": FewshotArguments,
+    "report": ReportArguments,
+}
+OPTIONS = {program: {field.name for field in fields(kind)} | {"config", "help"} for program, kind in ARGUMENTS.items()}
+BENCHMARK_OPTIONS = {
+    option
+    for path in (ROOT / "benchmarks").glob("*.py")
+    for option in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))
+}
+OTHER_OPTIONS = {"config_file", "num_processes"}  # accelerate's
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+each_document = pytest.mark.parametrize("document", [*DOCUMENTS, *READ_ONLY], ids=name_of)
+
+
+def blocks(document: Path, kind: str) -> list[str]:
+    """The texts of the fenced blocks of this kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(kind: str) -> list[str]:
+    """Every line of these blocks of all documents once, without its comment; a line that ends in \\ goes on."""
+    found = "\n".join(block for document in DOCUMENTS for block in blocks(document, kind))
+    lines = (line.split(" #")[0].strip() for line in found.replace("\\\n", " ").splitlines() if line[:1] != "#")
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+COMMANDS = commands("bash")
 
 
 def run(command: str, extra: list[str]) -> subprocess.CompletedProcess:
@@ -45,7 +90,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_readme_names_the_two_commands():
+def test_the_readme_names_the_two_commands_first():
     assert COMMANDS[:2] == ["bash scripts/ppo.sh", "bash scripts/test.sh"]
 
 
@@ -53,52 +98,108 @@ def test_the_run_command_trains_and_leaves_a_whole_run(trained):
     assert {"best", "history.jsonl", "summary.json", "arguments.json"} <= {path.name for path in trained.iterdir()}
 
 
-def test_the_test_command_collects_tests():
-    result = subprocess.run(
-        ["bash", "scripts/test.sh", "--collect-only", "-q", "tests/test_tasks.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert "test_tasks.py" in result.stdout, result.stdout[-2000:] + result.stderr[-2000:]
-
-
-@pytest.mark.parametrize("command", COMMANDS[2:])
+@pytest.mark.parametrize("command", COMMANDS[1:])
 def test_command(command, trained, tmp_path):
+    if "scripts/test.sh" in command:
+        named = [] if "tests/" in command else ["tests/test_tasks.py"]
+        result = run(command, ["--collect-only", "-q", *named])
+        assert re.search(r"tests/test_\w+\.py", result.stdout), result.stdout[-2000:] + result.stderr[-2000:]
+    elif "benchmarks/run.sh" in command:
+        result = run(command, ["--list"])
+        assert succeeded(result) and "-m benchmarks." in result.stdout
+    elif "report.py" in command:
+        folder = tmp_path / "report"
+        assert succeeded(run(command, ["--runs", str(trained.parent), "--output_dir", str(folder)]))
+        assert (folder / "report.html").is_file()
+    else:
+        runs_a_script(command, trained, tmp_path / "run")
+
+
+def runs_a_script(command: str, trained: Path, folder: Path) -> None:
+    """One of the scripts with the embedded model, and the folder that it leaves."""
     if "MODEL=" in command:
         pytest.skip("needs a model hub")
     if "TASK=SST" in command and not (ROOT / "data" / "GLUE" / "SST").is_dir():
         pytest.skip("needs the original files of SST")
     command = command.replace("model/MR/RUN/best", str(trained / "best"))
     training = "ppo.sh" in command or "sft.sh" in command
-    extra = [*(TINY_TRAINING if training else TINY), "--output_dir", str(tmp_path / "run")]
-    assert succeeded(run(command, extra))
-    assert (tmp_path / "run" / "summary.json").is_file()
+    assert succeeded(run(command, [*(TINY_TRAINING if training else TINY), "--output_dir", str(folder)]))
+    assert (folder / "summary.json").is_file()
+
+
+def programs(command: str) -> Iterator[tuple[str, str]]:
+    """The programs of a command by their short names, each with what follows it."""
+    for found in re.finditer(r"\b(ppo|sft|inference|fewshot|report)\.(?:sh|py)\b|benchmarks\.ours_(ppo)\b", command):
+        yield found[1] or found[2], command[found.end() :]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *commands("text")])
+def test_what_a_command_names_exists(command):
+    for program, rest in programs(command):
+        assert set(re.findall(r"--(\w+)", rest)) <= OPTIONS[program]
+    if "benchmarks/run.sh" in command:
+        assert set(re.findall(r"--(\w+)", command)) <= BENCHMARK_OPTIONS
+    for configuration in re.findall(r"--config_file (\S+)", command):
+        assert (ROOT / configuration).is_file()
+    if "scripts/results.sh" in command:
+        script = (ROOT / "scripts" / "results.sh").read_text(encoding="utf-8")
+        for method in command.split("results.sh")[1].split(" (")[0].split():
+            assert f'*" {re.sub("-[0-9]+$", "-", method)}"' in script
+
+
+@each_document
+def test_every_option_in_the_text_exists(document):
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    known = set().union(*OPTIONS.values(), BENCHMARK_OPTIONS, OTHER_OPTIONS)
+    assert set(re.findall(r"`--(\w+)", text)) <= known
+
+
+@each_document
+def test_every_link_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            path, _, heading = target.partition("#")
+            linked = document.parent / path if path else document
+            assert linked.exists(), target
+            if heading:
+                headings = re.findall(r"^#+ (.+)", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert heading in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
+@each_document
+def test_documents_are_short_and_their_lines_too(document):
+    lines = document.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST.get(name_of(document), len(lines))
+    prose = re.sub(r"^```text.*?^```", "", "\n".join(lines), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_the_readme_s_own_task_is_a_task_with_a_wording():
+    entry, wording = blocks(ROOT / "README.md", "python")[0].split("\n\n")
+    names = {"Task": prompts.Task, "Wording": prompts.Wording}
+    task, wording = eval(entry, names), eval(wording, names)
+    assert set(task.passage) <= set(task.fields) <= set(task.columns) and "label" in task.columns
+    assert len(task.labels) == len(task.words)
+    assert set(re.findall(r"{(\w+)}", wording.body)) == set(task.fields)
+    assert "{answers}" in wording.instruction and "{words}" in wording.question
 
 
 def test_every_test_that_the_table_of_faults_names_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("## What happens when ...")[1].split("\n## ")[0]
-    files = dict((letter, name) for name, letter in re.findall(r"`(tests/test_\w+\.py)` ([A-Z])\b", section))
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    files = dict((letter, name) for name, letter in re.findall(r"`(tests/test_\w+\.py)` ([A-Z])\b", text))
     named = 0
-    for row in section.splitlines():
-        for letters, names in re.findall(r"((?:[A-Z], )*[A-Z]) ((?:`\w+`(?:, )?)+)", row.rsplit(" | ", 1)[-1]):
-            for letter in letters.split(", "):
+    for row in [line for line in text.splitlines() if line.startswith("| ")][1:]:
+        for part in row.strip("| ").rsplit(" | ", 1)[-1].split("; "):
+            letters = re.match(r"(?:[A-Z], )*[A-Z]\b", part)[0].split(", ")
+            for letter in letters:
                 functions = re.findall(r"def (test_\w+)", (ROOT / files[letter]).read_text(encoding="utf-8"))
-                for name in re.findall(r"`(\w+)`", names):
+                for name in re.findall(r"`(\w+)`", part):
                     assert any(name in function for function in functions), (files[letter], name)
                     named += 1
     assert named > 30
 
 
-@pytest.mark.parametrize(
-    "kind", [PPOArguments, SFTArguments, InferenceArguments, FewshotArguments], ids=lambda kind: kind.__name__
-)
-def test_every_argument_has_its_line(kind):
-    script = (ROOT / "scripts" / f"{kind.__name__.removesuffix('Arguments').lower()}.sh").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = [field.name for field in fields(kind)]
-    assert [name for name in names if not re.search(rf"--{name}\b", script)] == []
-    if kind is PPOArguments:
-        assert [name for name in names if not re.search(rf"`--{name}\b", readme)] == []
+@pytest.mark.parametrize("program", ["ppo", "sft", "inference", "fewshot"])
+def test_every_argument_has_its_line(program):
+    script = (ROOT / "scripts" / f"{program}.sh").read_text(encoding="utf-8")
+    assert [f.name for f in fields(ARGUMENTS[program]) if not re.search(rf"--{f.name}\b", script)] == []
