@@ -2,7 +2,7 @@
 # Everything that must hold before a change lands: ruff, its formatter, and the tests. Arguments go to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh -m 'not slow'
-#   bash scripts/test.sh tests/test_rewards.py -k stsb
+#   bash scripts/test.sh tests/test_rewards.py -k number
 # One that fails does not keep the others from running; the exit status is that of the last one that failed.
 set -uo pipefail
 
