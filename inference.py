@@ -23,7 +23,7 @@ import tasks
 from engine import models
 from engine.engine import Engine
 from engine.loading import load_engine
-from evaluation import answer_spaces, leaderboard, metrics, predictions, scores
+from evaluation import answer_spaces, answering, leaderboard, metrics, scores
 from machine import processes
 from machine.errors import ArgumentError, MissingData
 from machine.files import write_json
@@ -154,8 +154,8 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
     majority, counted_in = splits.majority_label(task, rows, arguments.data_path) if needs_majority else (0, "")
     shots = show(arguments, job, engine.tokenizer)
     settings = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
-    packed, shortened = predictions.build_prompts(task, rows, engine.tokenizer, shots, **settings)
-    answers = predictions.answer(
+    packed, shortened = answering.build_prompts(task, rows, engine.tokenizer, shots, **settings)
+    answers = answering.answer(
         folder, task, rows, packed, engine, arguments.batch_sentence_num, arguments.seed,
         answer_space=arguments.answer_space, max_response_length=arguments.max_response_length,
         use_CoT=arguments.use_CoT, strict_format=arguments.strict_format,
@@ -170,7 +170,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
     if job.labelled:
         figures = scores.score(task, rows, answers)
         more |= scores.details(task, rows, answers, majority)
-        print(scores.results_text(task, figures, more, counted_in))
+        print(scores.metrics_text(task, figures, more, counted_in))
     else:
         print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
     if task.note:

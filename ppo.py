@@ -281,7 +281,7 @@ def finish(
     write_summary(
         folder, "ppo", task, replace(arguments), moments, samples, train_seconds(folder),
         data_hash=data_hash(train), steps=trainer.state.global_step,
-        best_step=moments["best"]["step"], **predictions.details(folder, task, held_out, arguments.data_path),
+        best_step=moments["best"]["step"], **scores.details_from_file(folder, task, held_out, arguments.data_path),
     )  # fmt: skip
     print(before_after_table(moments))
     best = folder / "best"

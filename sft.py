@@ -310,7 +310,9 @@ def finish(arguments: SFTArguments, name: str, parts: list[Part], folder: Path, 
     moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
     root = arguments.datafolder_path or arguments.data_path
     details = {
-        part.task.name: predictions.details(predictions_folder(part, parts, folder), part.task, part.held_out, root)
+        part.task.name: scores.details_from_file(
+            predictions_folder(part, parts, folder), part.task, part.held_out, root
+        )
         for part in parts
     }
     write_summary(

@@ -19,6 +19,7 @@ import tasks
 from engine import models
 from engine.loading import load_engine
 from evaluation import predict, scores
+from evaluation.predictions import Prediction
 from inference import InferenceArguments
 
 WARM_UP = 2  # prompts
@@ -35,9 +36,9 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         engine = load_engine(models.EMBEDDED, InferenceArguments())
 
-    def answer(rows: list[dict]) -> tuple[list[predict.Prediction], list[int]]:
+    def answer(rows: list[dict]) -> tuple[list[Prediction], list[int]]:
         ids = engine.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
-        found: list[predict.Prediction] = []
+        found: list[Prediction] = []
         for start in range(0, len(ids), at_once):
             found += predict.predict(engine, task, ids[start : start + at_once], "score", 1)
         return found, [len(prompt) for prompt in ids]

@@ -6,32 +6,21 @@ import numpy as np
 
 from evaluation.metrics import (
     Answers,
-    Prediction,
-    _answers,
-    _entity_matches,
-    _less_invalid,
-    _pair_matches,
-    _question_matches,
-    _same_text,
-    _token_f1,
+    Label,
+    as_answers,
+    entity_matches,
+    minus_invalid,
+    pair_matches,
+    question_matches,
+    same_text,
+    text_f1,
 )
 from tasks import Task
 from tasks.splits import units
 
-# --------------------------------------------------------------------------------------------------- bootstrap
 
-
-def bootstrap_interval(
-    task: Task,
-    rows: list[dict],
-    predictions: Sequence[Prediction],
-    scores: Sequence[float] | None = None,
-    samples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap interval of every metric and of "score" (the same resamples, so their joint spread)."""
-    values = bootstrap_values(task, rows, predictions, scores, samples, seed)
+def intervals(values: dict[str, np.ndarray], confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+    """The percentile interval of every metric's resampled values, as `bootstrap_values` gives them."""
     tail = (1 - confidence) / 2
     return {name: tuple(float(q) for q in np.quantile(v, [tail, 1 - tail])) for name, v in values.items()}
 
@@ -39,21 +28,20 @@ def bootstrap_interval(
 def bootstrap_values(
     task: Task,
     rows: list[dict],
-    predictions: Sequence[Prediction],
+    predictions: Sequence[Label],
     scores: Sequence[float] | None = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Every metric and "score" on each resample, (samples,) each.
 
-    What is drawn with replacement is the unit that was sampled: MultiRC's question, ReCoRD's query, AX-g's pair, else
-    the row. What is drawn depends on the number of units and the seed alone, so that two models' values for the same
-    rows are paired.
+    Units (see `tasks.splits.units`) are drawn with replacement. The draws depend on the number of units and the seed
+    alone, so two models' values for the same rows are paired, and so are the metrics of one model.
     """
-    answers = _answers(task, rows, predictions, scores)
+    answers = as_answers(task, rows, predictions, scores)
     unit = units(answers.task, answers.rows)
     number = int(unit.max()) + 1
-    resampled = {name: _resampler(name, answers, unit) for name in task.metrics}
+    resampled = {name: resampler(name, answers, unit) for name in task.metrics}
     rng = np.random.default_rng(seed)
     values: dict[str, list[np.ndarray]] = {name: [] for name in task.metrics}
     chunk = max(1, 2_000_000 // number)  # bounds memory to a few arrays of 16 MB
@@ -68,7 +56,7 @@ def bootstrap_values(
     return joined
 
 
-def _resampler(metric: str, answers: Answers, unit: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def resampler(metric: str, answers: Answers, unit: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A function from how often each unit was drawn (samples, units) to the metric's value (samples,)."""
     if metric == "spearman":
         return lambda counts: _weighted_spearman(answers, counts)
@@ -116,7 +104,7 @@ def _matthews_statistics(answers: Answers):
         gold, guess, n = table.sum(axis=2), table.sum(axis=1), table.sum(axis=(1, 2))
         covariance = np.trace(table, axis1=1, axis2=2) * n - (gold * guess).sum(axis=1)
         spread = (n**2 - (gold**2).sum(axis=1)) * (n**2 - (guess**2).sum(axis=1))
-        return _less_invalid(_ratio(covariance, np.sqrt(spread)), sums[:, -1] / n)
+        return minus_invalid(_ratio(covariance, np.sqrt(spread)), sums[:, -1] / n)
 
     return np.concatenate([cell, costly[:, None]], axis=1), finish
 
@@ -129,25 +117,25 @@ def _pearson_statistics(answers: Answers):
     def finish(sums: np.ndarray) -> np.ndarray:
         n, x, y, xx, yy, xy, invalid = sums.T
         spread = np.sqrt(np.maximum(xx - x * x / n, 0) * np.maximum(yy - y * y / n, 0))
-        return _less_invalid(_ratio(xy - x * y / n, spread), invalid / n)
+        return minus_invalid(_ratio(xy - x * y / n, spread), invalid / n)
 
     return np.stack(columns, axis=1).astype(float), finish
 
 
 def _weighted_spearman(answers: Answers, counts: np.ndarray) -> np.ndarray:
-    """(samples,) Spearman of resamples, in which row i stands counts[:, i] times and repeats share their rank."""
+    """(samples,) Spearman of resamples that hold row i counts[:, i] times; repeats share their rank."""
 
     def ranks(values: np.ndarray) -> np.ndarray:
-        _, place = np.unique(values, return_inverse=True)
-        order = np.argsort(place, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(place[order]) > 0])
+        _, distinct = np.unique(values, return_inverse=True)  # (rows,) number of the value among the sorted ones
+        order = np.argsort(distinct, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(distinct[order]) > 0])
         tied = np.add.reduceat(counts[:, order], starts, axis=1)  # (samples, distinct values)
-        return (np.cumsum(tied, axis=1) - tied / 2)[:, place]  # mid-rank, up to a constant 1/2
+        return (np.cumsum(tied, axis=1) - tied / 2)[:, distinct]  # mid-rank, up to a constant 1/2
 
     n = counts.sum(axis=1, keepdims=True)
     x, y = ranks(answers.held_at_gold) - n / 2, ranks(answers.gold) - n / 2  # mid-ranks have mean n / 2
     covariance, xx, yy = ((counts * product).sum(axis=1) for product in (x * y, x * x, y * y))
-    return _less_invalid(_ratio(covariance, np.sqrt(xx * yy)), counts @ answers.invalid / n[:, 0])
+    return minus_invalid(_ratio(covariance, np.sqrt(xx * yy)), counts @ answers.invalid / n[:, 0])
 
 
 STATISTICS: dict[str, Callable] = {
@@ -157,8 +145,8 @@ STATISTICS: dict[str, Callable] = {
     "macro_f1": _macro_f1_statistics,
     "matthews": _matthews_statistics,
     "pearson": _pearson_statistics,
-    "em": lambda answers: _mean_statistics(_question_matches(answers)),
-    "token_f1": lambda answers: _mean_statistics(_entity_matches(answers, _token_f1)),
-    "exact_match": lambda answers: _mean_statistics(_entity_matches(answers, _same_text)),
-    "gender_parity": lambda answers: _mean_statistics(_pair_matches(answers)),
+    "em": lambda answers: _mean_statistics(question_matches(answers)),
+    "token_f1": lambda answers: _mean_statistics(entity_matches(answers, text_f1)),
+    "exact_match": lambda answers: _mean_statistics(entity_matches(answers, same_text)),
+    "gender_parity": lambda answers: _mean_statistics(pair_matches(answers)),
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tasks
-from evaluation.metrics import Prediction, chosen_rows
+from evaluation.metrics import Label, chosen_rows
 from machine.files import write_atomically
 from rewards import NUMBER_RANGE
 from tasks import Task
@@ -22,7 +22,7 @@ def write_submission(
     path: str | Path,
     task: Task,
     rows: list[dict],
-    predictions: Sequence[Prediction],
+    predictions: Sequence[Label],
     majority_label: int | float,
     scores: Sequence[float] | None = None,
 ) -> int:

@@ -1,4 +1,4 @@
-"""The official metrics of GLUE and SuperGLUE, suite scores and bootstrap intervals.
+"""The official metrics of GLUE and SuperGLUE, and the suites' scores.
 
 Predictions are what `rewards.parse` gives: a class id, a number, or None for an answer that does not parse. None is
 wrong for every metric, and replacing a correct prediction by None never raises any of them:
@@ -14,8 +14,8 @@ wrong for every metric, and replacing a correct prediction by None never raises 
 - EM: a question with a None is not matched. Gender parity: a pair with a None differs.
 - ReCoRD: a candidate with None cannot be the chosen entity; if it has the highest score, nothing is chosen.
 
-Point values come from scikit-learn and scipy. Bootstrap resamples use per-unit sums instead, which give the same
-values (tested) some hundred times faster.
+Values come from scikit-learn and scipy. bootstrap.py computes the same ones (tested) from per-unit sums, some hundred
+times faster.
 """
 
 import re
@@ -32,7 +32,7 @@ import tasks
 from tasks import Task
 from tasks.splits import units
 
-Prediction = int | float | None
+Label = int | float | None  # a predicted class id or number; None: the answer does not parse
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,8 @@ class Answers:
         return len(self.task.labels)
 
 
-def _answers(
-    task: Task, rows: list[dict], predictions: Sequence[Prediction], scores: Sequence[float] | None
-) -> Answers:
-    """Checks what the public functions were given. Raises ValueError naming the first row that does not fit."""
+def as_answers(task: Task, rows: list[dict], predictions: Sequence[Label], scores: Sequence[float] | None) -> Answers:
+    """Rows and predictions as arrays. Raises ValueError naming the first row that does not fit."""
     if not rows:
         raise ValueError(f"{task.name}: there are no rows to score")
     if len(predictions) != len(rows) or (scores is not None and len(scores) != len(rows)):
@@ -87,9 +85,6 @@ def _answers(
         invalid=np.array([p is None for p in predictions]),
         scores=None if scores is None else np.asarray(scores, dtype=float),
     )
-
-
-# ------------------------------------------------------------------------------------------------- the metrics
 
 
 def accuracy(answers: Answers) -> float:
@@ -117,7 +112,7 @@ def matthews(answers: Answers) -> float:
     predicted = answers.other_class if two else answers.held_at_gold
     constant = np.ptp(predicted) == 0 or np.ptp(answers.gold) == 0
     value = 0.0 if constant else float(matthews_corrcoef(answers.gold, predicted))
-    return value if two else _less_invalid(value, answers.invalid.mean())
+    return value if two else minus_invalid(value, answers.invalid.mean())
 
 
 def pearson(answers: Answers) -> float:
@@ -136,32 +131,32 @@ def _correlation(function: Callable, answers: Answers) -> float:
         value = 0.0
     else:
         value = float(function(answers.gold, predicted).statistic)
-    return _less_invalid(value, answers.invalid.mean())
+    return minus_invalid(value, answers.invalid.mean())
 
 
-def _less_invalid(value, invalid_share):
-    """A correlation with invalid answers held at gold, less what they cost (see the module's docstring)."""
+def minus_invalid(value, invalid_share):
+    """A correlation with invalid answers held at gold, minus their penalty (see the module's docstring)."""
     return np.maximum(-1.0, value - 2.0 * invalid_share)
 
 
 def em(answers: Answers) -> float:
     """MultiRC: share of questions, by (paragraph, question) id, whose answers are all correct."""
-    return float(_question_matches(answers).mean())
+    return float(question_matches(answers).mean())
 
 
 def token_f1(answers: Answers) -> float:
     """ReCoRD: token F1 of the chosen entity, the best over a query's gold answers, averaged over queries."""
-    return float(_entity_matches(answers, _token_f1).mean())
+    return float(entity_matches(answers, text_f1).mean())
 
 
 def exact_match(answers: Answers) -> float:
     """ReCoRD: share of queries whose chosen entity equals a gold answer after normalisation."""
-    return float(_entity_matches(answers, _same_text).mean())
+    return float(entity_matches(answers, same_text).mean())
 
 
 def gender_parity(answers: Answers) -> float:
     """AX-g: share of pairs (rows 2i and 2i + 1) with the same prediction. ValueError if rows are not in pairs."""
-    return float(_pair_matches(answers).mean())
+    return float(pair_matches(answers).mean())
 
 
 METRICS: dict[str, Callable[[Answers], float]] = {
@@ -170,16 +165,18 @@ METRICS: dict[str, Callable[[Answers], float]] = {
 } | {"f1a": f1a}
 
 
-def _question_matches(answers: Answers) -> np.ndarray:
+def question_matches(answers: Answers) -> np.ndarray:
+    """(questions,) whether all answers of each MultiRC question are correct."""
     right = answers.gold == answers.predicted
     unit = units(answers.task, answers.rows)
-    return np.bincount(unit, ~right) == 0  # (questions,)
+    return np.bincount(unit, ~right) == 0
 
 
-def _pair_matches(answers: Answers) -> np.ndarray:
+def pair_matches(answers: Answers) -> np.ndarray:
+    """(pairs,) whether both rows of each AX-g pair got the same valid answer."""
     _check_pairs(answers.rows)
     first, second = answers.predicted[0::2], answers.predicted[1::2]
-    return (first == second) & ~answers.invalid[0::2] & ~answers.invalid[1::2]  # (pairs,)
+    return (first == second) & ~answers.invalid[0::2] & ~answers.invalid[1::2]
 
 
 def _check_pairs(rows: list[dict]) -> None:
@@ -199,18 +196,19 @@ def normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _token_f1(predicted: str, gold: str) -> float:
+def text_f1(predicted: str, gold: str) -> float:
+    """F1 of the tokens of two texts, as ReCoRD's official evaluation computes it."""
     predicted_tokens, gold_tokens = normalized(predicted).split(), normalized(gold).split()
     common = sum((Counter(predicted_tokens) & Counter(gold_tokens)).values())
     return 2 * common / (len(predicted_tokens) + len(gold_tokens)) if common else 0.0
 
 
-def _same_text(predicted: str, gold: str) -> float:
+def same_text(predicted: str, gold: str) -> float:
     return float(normalized(predicted) == normalized(gold))
 
 
 def chosen_rows(
-    rows: list[dict], predictions: Sequence[Prediction], scores: Sequence[float] | None = None
+    rows: list[dict], predictions: Sequence[Label], scores: Sequence[float] | None = None
 ) -> dict[int | str, int | None]:
     """ReCoRD: for every query id, in order, the position of the row whose entity answers it, or None.
 
@@ -230,28 +228,26 @@ def chosen_rows(
     return chosen
 
 
-def _entity_matches(answers: Answers, compare: Callable[[str, str], float]) -> np.ndarray:
+def entity_matches(answers: Answers, compare: Callable[[str, str], float]) -> np.ndarray:
+    """(queries,) the best `compare(chosen entity, gold answer)` of each ReCoRD query; 0 without a chosen entity."""
     predictions = [None if bad else p for p, bad in zip(answers.predicted, answers.invalid, strict=True)]
     chosen = chosen_rows(answers.rows, predictions, answers.scores)
     values = []
     for position in chosen.values():
         row = answers.rows[position] if position is not None else None
         values.append(max((compare(row["entity"], gold) for gold in row["answers"]), default=0.0) if row else 0.0)
-    return np.array(values)  # (queries,)
-
-
-# ------------------------------------------------------------------------------------------------ whole scores
+    return np.array(values)
 
 
 def score(
-    task: Task, rows: list[dict], predictions: Sequence[Prediction], scores: Sequence[float] | None = None
+    task: Task, rows: list[dict], predictions: Sequence[Label], scores: Sequence[float] | None = None
 ) -> dict[str, float]:
     """Every metric of the task, their mean as "score", and the share of answers that did not parse, "invalid_rate".
 
     All in [0, 1], correlations and so perhaps "score" in [-1, 1]. `scores` is P(yes) of every row, for choosing
     ReCoRD's entity. ValueError if a row has no label, or if rows and predictions do not fit together.
     """
-    answers = _answers(task, rows, predictions, scores)
+    answers = as_answers(task, rows, predictions, scores)
     values = {name: float(METRICS[name](answers)) for name in task.metrics}
     return values | {"score": sum(values.values()) / len(values), "invalid_rate": float(answers.invalid.mean())}
 
@@ -259,27 +255,38 @@ def score(
 def suite_score(suite: str, scores: dict[str, dict[str, float]]) -> float:
     """The suite's score from {task name: {metric: value}}, in the unit of the values.
 
+    Computed as in `suite_mean`. ValueError names the tasks that are missing.
+    """
+    score, missing = suite_mean(suite, scores)
+    if missing:
+        raise ValueError(f"no {suite} score without {', '.join(missing)} (every metric of each)")
+    return score
+
+
+def suite_mean(suite: str, scores: dict[str, dict[str, float]]) -> tuple[float, list[str]]:
+    """The mean over the suite's tasks that have all their metrics, and the names of the others.
+
     A task's score is the mean of its metrics; tasks that share their training data (MNLI-m and MNLI-mm) are averaged
-    into one first; the diagnostic sets do not count. "RTE" means the suite's own. ValueError names what is missing.
+    into one first; the diagnostic sets do not count. "RTE" means the suite's own. NaN if no task is there.
     """
     names = {task.name for task in tasks.suite(suite)}
     own = {f"{suite}/{name}" if f"{suite}/{name}" in names else tasks.get(name).name: scores[name] for name in scores}
     counted = [task for task in tasks.suite(suite) if task.in_suite_score]
     missing = [task.name for task in counted if not set(task.metrics) <= set(own.get(task.name, ()))]
-    if missing:
-        raise ValueError(f"no {suite} score without {', '.join(missing)} (every metric of each)")
-    parts: dict[str, list[float]] = {}
+    by_data: dict[str, list[float]] = {}
     for task in counted:
-        value = sum(own[task.name][metric] for metric in task.metrics) / len(task.metrics)
-        parts.setdefault(task.folder, []).append(value)
-    return sum(sum(values) / len(values) for values in parts.values()) / len(parts)
+        if task.name not in missing:
+            value = sum(own[task.name][metric] for metric in task.metrics) / len(task.metrics)
+            by_data.setdefault(task.folder, []).append(value)
+    means = [sum(values) / len(values) for values in by_data.values()]
+    return sum(means) / len(means) if means else float("nan"), missing
 
 
-def confusion_counts(task: Task, rows: list[dict], predictions: Sequence[Prediction]) -> np.ndarray:
+def confusion_counts(task: Task, rows: list[dict], predictions: Sequence[Label]) -> np.ndarray:
     """(classes, classes + 1) counts: gold by predicted class, the last column for answers that did not parse."""
     if task.number:
         raise ValueError(f"{task.name} predicts numbers: there are no classes to count")
-    answers = _answers(task, rows, predictions, None)
+    answers = as_answers(task, rows, predictions, None)
     column = np.where(answers.invalid, answers.classes, answers.predicted)
     counts = np.zeros((answers.classes, answers.classes + 1), dtype=int)
     np.add.at(counts, (answers.gold, column), 1)

@@ -1,7 +1,5 @@
 """Answers to prompts: the same code before, during and after training, and for all baselines."""
 
-from dataclasses import dataclass
-
 import torch
 
 import rewards
@@ -9,17 +7,9 @@ from engine.batches import grouped
 from engine.engine import Engine
 from engine.trees import LabelTrie, row_seeds
 from evaluation.answer_spaces import analysis_closed, judgement_link, label_of, label_trie, stop_rule
+from evaluation.predictions import Prediction
 from machine import processes
 from tasks import Task
-
-
-@dataclass
-class Prediction:
-    """One answer: its text, its label (None if it does not parse), and P(the last label) where that is known."""
-
-    text: str
-    label: int | float | None
-    last_label_probability: float | None = None
 
 
 @torch.no_grad()

@@ -478,7 +478,7 @@ def test_any_predictions(task, data, random_):
     rows, answers, scores = data.draw(answered(task))
     values = metrics.score(task, rows, answers, scores)
     signed = {"matthews", "pearson", "spearman"} & set(task.metrics)
-    intervals = bootstrap.bootstrap_interval(task, rows, answers, scores, samples=5)
+    intervals = bootstrap.intervals(bootstrap.bootstrap_values(task, rows, answers, scores, samples=5))
     for name, value in [*values.items(), *((name, end) for name, ends in intervals.items() for end in ends)]:
         low = -1 if name in signed or (signed and name == "score") else 0
         assert math.isfinite(value) and low - 1e-6 <= value <= 1 + 1e-6, name

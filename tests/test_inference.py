@@ -18,7 +18,7 @@ import prompts
 import tasks
 from engine import models
 from engine.engine import Engine
-from evaluation import leaderboard, metrics, predict
+from evaluation import leaderboard, metrics, predict, predictions
 from machine.errors import DataError
 from run.folder import lock
 from tasks import loaders, splits
@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     )
     assert stopped.value.code == code and f"inference.py: {said} {tmp_path / 'run'}\n" in capsys.readouterr().err
     assert not (tmp_path / "run" / "predictions.jsonl").exists()  # never half a file under its name
-    with open(tmp_path / "run" / inference.predictions.UNFINISHED, "a") as file:
+    with open(tmp_path / "run" / predictions.UNFINISHED, "a") as file:
         third = (whole / "predictions.jsonl").read_text().splitlines()[6]
         file.write({"": "", "half a line": third[:20], "half a batch": third + "\n"}[cut])
     counted = Interrupted(monkeypatch)
@@ -215,7 +215,7 @@ def test_a_resumed_run_keeps_its_settings_and_its_data(model_folder, data_root, 
         answer(model_folder, tmp_path / "run", "--task", "SST", "--batch_sentence_num", "4", data=data_root)
     said = refused(capsys, "--resume", str(tmp_path / "run"), "--answer_space", "score")
     assert "--answer_space labels, not score" in said
-    unfinished = tmp_path / "run" / inference.predictions.UNFINISHED
+    unfinished = tmp_path / "run" / predictions.UNFINISHED
     unfinished.write_text(unfinished.read_text().replace('"id": 0', '"id": 9'))
     assert "the data changed" in refused(capsys, "--resume", str(tmp_path / "run"))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tasks
 from evaluation import bootstrap, metrics
-from evaluation.bootstrap import bootstrap_interval
+from evaluation.bootstrap import bootstrap_values, intervals
 from evaluation.metrics import chosen_rows, confusion_counts, score, suite_score
 from tasks import splits
 from tasks.labels import most_frequent_label
@@ -334,7 +334,7 @@ def test_resamples_agree_with_the_plain_computation(task):
     @given(answered(task), st.integers(0, 2**32 - 1))
     def check(example, seed):
         rows, predictions, scores = example
-        answers = metrics._answers(task, rows, predictions, scores)
+        answers = metrics.as_answers(task, rows, predictions, scores)
         unit = splits.units(answers.task, answers.rows)
         units = unit.max() + 1
         counts = np.bincount(np.random.default_rng(seed).integers(0, units, units), minlength=units)
@@ -353,7 +353,7 @@ def test_resamples_agree_with_the_plain_computation(task):
         expected = score(task, **written)
         for name in task.metrics:
             for weights, value in ((counts, expected[name]), (np.ones(units), score(task, *example)[name])):
-                found = bootstrap._resampler(name, answers, unit)(weights[None].astype(float))
+                found = bootstrap.resampler(name, answers, unit)(weights[None].astype(float))
                 assert found.shape == (1,)
                 assert found[0] == pytest.approx(value, abs=1e-6), name
 
@@ -362,21 +362,21 @@ def test_resamples_agree_with_the_plain_computation(task):
 
 def test_interval_of_a_share():
     rows, task = rows_of([1] * 400), tasks.get("SST")
-    low, high = bootstrap_interval(task, rows, [1] * 300 + [0] * 100)["accuracy"]
+    low, high = intervals(bootstrap_values(task, rows, [1] * 300 + [0] * 100))["accuracy"]
     half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
     assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.008)
-    narrow = bootstrap_interval(task, rows, [1] * 300 + [0] * 100, confidence=0.5)["accuracy"]
+    narrow = intervals(bootstrap_values(task, rows, [1] * 300 + [0] * 100), confidence=0.5)["accuracy"]
     assert low < narrow[0] < 0.75 < narrow[1] < high
-    again = bootstrap_interval(task, rows, [1] * 300 + [0] * 100)
+    again = intervals(bootstrap_values(task, rows, [1] * 300 + [0] * 100))
     assert again["accuracy"] == (low, high) == again["score"]
-    assert bootstrap_interval(task, rows, [1] * 300 + [0] * 100, seed=1)["accuracy"] != (low, high)
+    assert intervals(bootstrap_values(task, rows, [1] * 300 + [0] * 100, seed=1))["accuracy"] != (low, high)
 
 
 def test_groups_are_drawn_whole():
     """Ten questions of twenty answers each, all right or all wrong: far wider than two hundred single rows."""
     rows = multirc_rows([(0, 1) * 10] * 10)
     predictions = [row["label"] if row["id"][1] < 5 else 1 - row["label"] for row in rows]
-    low, high = bootstrap_interval(tasks.get("MultiRC"), rows, predictions)["f1a"]
+    low, high = intervals(bootstrap_values(tasks.get("MultiRC"), rows, predictions))["f1a"]
     assert high - low > 0.4
 
 
@@ -386,7 +386,7 @@ def test_bootstrap_is_quick(name):
     gold = rng.uniform(0, 5, 1000) if task.number else rng.integers(0, len(task.labels), 1000)
     rows, predictions = rows_of(gold.tolist()), rng.permutation(gold).tolist()
     begin = time.perf_counter()
-    interval = bootstrap_interval(task, rows, predictions)
+    interval = intervals(bootstrap_values(task, rows, predictions))
     assert time.perf_counter() - begin < 5  # usually a tenth of it; machines are busy at times
     assert set(interval) == {*task.metrics, "score"}
     values = score(task, rows, predictions)

@@ -1,0 +1,76 @@
+"""Prompts built for many rows, and answered in batches that are saved as they come."""
+
+import os
+import tempfile
+from array import array
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+import prompts
+from engine.batches import common_prefix
+from engine.engine import Engine
+from evaluation import predict, predictions
+from evaluation.predictions import Prediction
+from machine import processes
+from tasks import Task
+
+PROMPTS_AT_ONCE = 1000
+
+
+def build_prompts(
+    task: Task, rows: list[dict], tokenizer, shots: list[list[dict]], use_CoT: bool, max_prompt_length: int
+) -> tuple[list[array], int]:
+    """Every row's prompt with its demonstrations, and how many prompts lost text. PromptError if one cannot fit.
+
+    The token ids are arrays: as Python integers those of some 400,000 rows would take gigabytes.
+    """
+    prompt_ids: list[array] = []
+    shortened = 0
+    while len(prompt_ids) < len(rows):
+        start = end = len(prompt_ids)
+        while end < min(start + PROMPTS_AT_ONCE, len(rows)) and shots[end] is shots[start]:
+            end += 1
+        built, cut = prompts.build_all(task, rows[start:end], tokenizer, use_CoT, max_prompt_length, shots[start])
+        prompt_ids += [array("i", ids) for ids in built]
+        shortened += cut
+    return prompt_ids, shortened
+
+
+def answer(
+    folder: Path, task: Task, rows: list[dict], prompt_ids: list[array], engine: Engine, batch: int, seed: int, **how
+) -> list[Prediction]:
+    """The answers to all prompts, also written to predictions.jsonl, which appears only when it is complete.
+
+    What an interrupted run left is kept, in whole batches of `batch` rows, and not computed again; each batch has a
+    random stream of its own. `how` goes to `predict`. ArgumentError if the folder's answers are to other rows.
+    """
+    final, unfinished = folder / predictions.FILE, folder / predictions.UNFINISHED
+    if processes.broadcast_from_main(final.exists):
+        return [prediction for prediction, _ in predictions.read(final, task, rows)]
+    known = processes.broadcast_from_main(
+        lambda: predictions.read(unfinished, task, rows) if unfinished.exists() else []
+    )
+    if len(known) < len(rows):
+        known = known[: len(known) // batch * batch]
+    answers = [prediction for prediction, _ in known]
+    engine.shared_length = common_prefix(prompt_ids)
+    main = processes.is_main()
+    bar_options = dict(unit="row", desc=task.name, dynamic_ncols=True, disable=not main)
+    with (
+        tqdm(total=len(rows), initial=len(known), **bar_options) as bar,
+        open(unfinished, "ab") if main else tempfile.TemporaryFile() as file,
+    ):
+        file.truncate(sum(len(line.encode()) + 1 for _, line in known))
+        for start in range(len(known), len(rows), batch):
+            ids = [list(prompt) for prompt in prompt_ids[start : start + batch]]
+            found = predict.predict(engine, task, ids, seed=seed + start, **how)
+            texts = engine.tokenizer.batch_decode(ids)
+            file.writelines(predictions.encoded_lines(task, rows[start : start + batch], texts, found))
+            file.flush()
+            os.fsync(file.fileno())
+            answers += found
+            bar.update(len(found))
+    if main:
+        os.replace(unfinished, final)
+    return answers
