@@ -6,27 +6,16 @@
 What is left at its default follows RECIPES, which RESULTS.md gives the reasons for.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import transformers
-
-import prompts
-import rewards
-from engine import models
-from engine.loading import load_model
-from evaluation import answer_spaces, predict, predictions, scores
 from machine import processes
 from machine.errors import ArgumentError
-from machine.memory import training_tokens
-from run import dashboards, faults
-from run.arguments import Arguments, divisible, get_task, one_of, parse
-from run.folder import data_hash, open_run, write_summary
-from run.history import before_after_table, evaluations, train_seconds
-from run.progress import RunCallback, quiet_trainer
-from tasks import Task, splits
-from training.ppo_trainer import PPOConfig, PPOTrainer
+from run import faults
+from run.arguments import get_task, one_of, parse
+from tasks import splits
+from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
+from training.data import TaskData, load_rows
 
 # By policy gradient; each sees 576 rows. Small batches teach more per row than large ones. The entropy bonus keeps
 # every label likely enough to be tried: with 0.05 in place of 0.5 sampled answers collapsed onto one label, with
@@ -43,26 +32,10 @@ RECIPES = {
 
 
 @dataclass
-class PPOArguments(Arguments):
-    """What PPO takes beside the common arguments."""
+class PPOArguments(TrainArguments):
+    """What PPO takes beside the arguments of all training."""
 
     batch_sentence_num: int | None = field(default=None, metadata={"help": "prompts per step; default by recipe"})
-    learning_rate: float | None = field(default=None, metadata={"help": "of the adapter; default by recipe"})
-    start_epoch: int = field(default=0, metadata={"help": "number of the first epoch"})
-    end_epoch: int | None = field(
-        default=None, metadata={"help": "train up to, not including, this epoch; default the one after --start_epoch"}
-    )
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "stop after so many steps; 0: when the epochs end; default by recipe, 0 with --end_epoch"},
-    )
-    repeat_time: int | None = field(default=None, metadata={"help": "samples per prompt; default by recipe"})
-    save_methods: str = field(default="epoch", metadata={"help": "step or epoch"})
-    save_freq: int = field(default=20, metadata={"help": "with --save_methods step: every so many steps"})
-    checkpoint_rate: int = field(default=1, metadata={"help": "with --save_methods epoch: every so many epochs"})
-    eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: before and after only"})
-    save_total_limit: int = field(default=0, metadata={"help": "keep so many of the last checkpoints; 0: all"})
-    resume: str = field(default="", metadata={"help": "folder of a run to go on with, from its last checkpoint"})
     policy_gradient: str = field(
         default="", metadata={"help": "sampled, or expected over all labels; default expected where it is possible"}
     )
@@ -85,7 +58,7 @@ class PPOArguments(Arguments):
     strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
 
 
-def check(arguments: PPOArguments, task: Task) -> None:
+def check(arguments: PPOArguments) -> None:
     """Refuse what cannot be run, and fill in what the recipe decides. Raises ArgumentError."""
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ("labels", "free"))
@@ -97,28 +70,15 @@ def check(arguments: PPOArguments, task: Task) -> None:
             "--policy_gradient expected sums over all labels: it needs --answer_space labels and --use_CoT False; "
             "use --policy_gradient sampled"
         )
-    if arguments.end_epoch is None:
-        arguments.end_epoch = arguments.start_epoch + 1
-    elif arguments.max_steps is None:
-        arguments.max_steps = 0  # who asks for epochs gets whole ones
+    fill_in_epochs(arguments)
     for name, value in RECIPES[arguments.policy_gradient].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    one_of("save_methods", arguments.save_methods, ("step", "epoch"))
-    for name in ("learning_rate", "value_learning_rate", "clip_range", "repeat_time", "save_freq", "checkpoint_rate",
-                 "ppo_epochs", "num_minibatches"):  # fmt: skip
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
-    for name in ("kl_coef", "entropy_coef", "value_coef", "max_steps", "eval_steps", "start_epoch", "warmup_steps",
-                 "save_total_limit"):  # fmt: skip
-        if getattr(arguments, name) < 0:
-            raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
-    if arguments.end_epoch <= arguments.start_epoch:
-        raise ArgumentError(
-            f"--end_epoch {arguments.end_epoch} must be greater than --start_epoch {arguments.start_epoch}"
-        )
-    divisible(arguments)
+    check_training(
+        arguments,
+        positive=("value_learning_rate", "clip_range", "ppo_epochs", "num_minibatches"),
+        not_negative=("kl_coef", "entropy_coef", "value_coef", "warmup_steps"),
+    )
     if arguments.batch_sentence_num % arguments.num_minibatches:
         raise ArgumentError(
             f"--batch_sentence_num {arguments.batch_sentence_num} cannot be divided into --num_minibatches "
@@ -129,58 +89,42 @@ def check(arguments: PPOArguments, task: Task) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PPOArguments, __doc__.splitlines()[0], argv)
     with faults.guard("ppo.py") as guard:
-        train_on_task(arguments, guard)
+        check(arguments)
+        task = get_task(arguments.task)
+        data = load_rows(arguments, task, splits.task_path(task, arguments.data_path))
+        check_batch(arguments, len(data.train), task.name)
+        train(arguments, data, guard)
 
 
-def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
-    """A whole run: load, build, train, evaluate. What goes wrong, `guard` turns into one sentence."""
-    task = get_task(arguments.task)
-    check(arguments, task)
-    place = splits.task_path(task, arguments.data_path)
-    task = splits.labelled(task, place)
-    train, held_out = splits.train_and_held_out(task, place, arguments.eval_size, arguments.seed)
-    if len(train) < arguments.batch_sentence_num:
-        raise ArgumentError(
-            f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {len(train)} training rows of "
-            f"{task.name}; lower it"
-        )
-    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
-    if arguments.answer_space == "labels":
-        answer_spaces.label_trie(task, tokenizer)  # labels that this model cannot tell apart are refused now
-    model, problem = load_model(arguments.train_model_name, tokenizer, arguments)
+def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
+    """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
+    # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
+    import prompts
+    import rewards
+    from engine import models
+    from evaluation import answer_spaces
+    from machine.memory import training_tokens
+    from training import training_run
+    from training.ppo_trainer import PPOTrainer
+
+    # 1. prompts
+    task, tokenizer = data.task, training_run.load_tokenizer(arguments, [data])
+    lengths = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
+    train_prompts, shortened = prompts.build_all(task, data.train, tokenizer, **lengths)
+    data.held_out_prompts, shortened_too = prompts.build_all(task, data.held_out, tokenizer, **lengths)
+
+    # 2. model
+    model, plain = training_run.load(arguments, tokenizer)
     keeps = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
     arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model, keeps)
-    settings = dict(tokenizer=tokenizer, use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
-    train_prompts, shortened = prompts.build_all(task, train, **settings)
-    held_out_prompts, shortened_held_out = prompts.build_all(task, held_out, **settings)
-    run = open_run(arguments, task, train, held_out, arguments.learning_rate)
-    folder = guard.folder = run.folder
-    guard.at_exit.append(lambda code: run.close())
-    transformers.set_seed(arguments.seed)
-    print(models.device_line())
-    print(
-        f"{task.name}: {len(train)} training rows, {len(held_out)} held out; "
-        f"{shortened + shortened_held_out} prompts were shortened to {arguments.max_prompt_length} tokens."
-    )
-    print(
-        f"{arguments.train_model_name}, {arguments.answer_space} answers, {arguments.policy_gradient} policy gradient, "
-        f"learning rate {arguments.learning_rate:g}; the run lies in {folder}"
-    )
 
+    # 3. run
+    run = training_run.TrainingRun("ppo", arguments, task, [data], tokenizer, guard)
+    how = f"{arguments.answer_space} answers, {arguments.policy_gradient} policy gradient"
+    run.announce(shortened + shortened_too, how)
+
+    # 4. trainer
     format_ = {"strict_format": arguments.strict_format, "use_CoT": arguments.use_CoT}
-
-    def evaluate(engine) -> dict[str, float]:
-        found = predict.predict(
-            engine, task, held_out_prompts, arguments.answer_space, arguments.max_response_length, **format_
-        )
-        first = not evaluations(folder)
-        predictions.write(folder, task, held_out, held_out_prompts, found, tokenizer, first)
-        return scores.score(task, held_out, found)
-
-    config = trainer_config(arguments, folder, len(train))
-    progress = RunCallback(folder, task, tokenizer)
-    trackers = dashboards.wandb_callbacks(arguments.report_to, progress, "ppo")
-    guard.at_exit += [tracker.close for tracker in trackers]
     masked = arguments.answer_space == "labels"
     trainer = PPOTrainer(
         model,
@@ -191,9 +135,9 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
             arguments.reward_invalid,
             arguments.reward_number,
             **format_,
-        ),  # fmt: skip
-        config,
-        [{**row, "prompt_ids": ids} for row, ids in zip(train, train_prompts)],
+        ),
+        trainer_config(arguments, run.folder, len(data.train)),
+        [{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
         tokenizer,
         peft_config=models.lora_config(),
         label_words=task.words,
@@ -204,58 +148,33 @@ def train_on_task(arguments: PPOArguments, guard: faults.Guard) -> None:
             task, rewards.parse(task, text, ended, **format_), row["label"]
         ),
         link=answer_spaces.judgement_link(tokenizer),
-        compute_metrics=evaluate,
-        callbacks=[guard, progress, *trackers],
-        on_save=lambda checkpoint: models.save_start_adapter(
-            arguments.train_model_name, arguments.from_local, checkpoint
-        ),
+        compute_metrics=training_run.HeldOutEvaluation(arguments, [data], run.folder, **format_),
+        callbacks=run.callbacks,
+        on_save=run.save_start_adapter,
     )
-    quiet_trainer(trainer)
-    progress.trainer = trainer
-    trainer.engine.plain = problem is not None
-    if run.checkpoint:
-        print(f"Going on from {run.checkpoint}")
-    trainer.train_from(run.checkpoint)
-    guard.trained(trainer)
-    finish(arguments, task, folder, trainer, train, held_out)
+
+    # 5. train, save
+    run.train(trainer, plain)
+    run.finish(trainer, arguments.batch_sentence_num * trainer.samples_per_prompt, arguments.data_path)
 
 
-def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfig:
-    """PPOConfig for these arguments; one trainer step is one PPO step."""
-    per_epoch = rows // arguments.batch_sentence_num
-    by_epochs = (arguments.end_epoch - arguments.start_epoch) * per_epoch
-    steps = min(arguments.max_steps or by_epochs, by_epochs)
-    save_every = arguments.save_freq if arguments.save_methods == "step" else arguments.checkpoint_rate * per_epoch
+def trainer_config(arguments: PPOArguments, folder: Path, rows: int):
+    """The PPOConfig of these arguments for so many training rows; one trainer step is one PPO step."""
+    from training.ppo_trainer import PPOConfig
+    from training.training_run import trainer_settings
+
+    settings = trainer_settings(arguments, folder, rows)
     return PPOConfig(
-        output_dir=str(folder),
-        run_name=folder.name,
-        seed=arguments.seed,
-        per_device_train_batch_size=divisible(arguments),
-        dataloader_drop_last=True,
-        max_steps=steps,
-        learning_rate=arguments.learning_rate,
-        warmup_steps=min(arguments.warmup_steps, steps - 1),  # the first step of a warm-up has a rate of 0
-        lr_scheduler_type="linear",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=min(arguments.eval_steps or steps, steps),
-        eval_on_start=not evaluations(folder),
-        save_strategy="steps",
-        save_steps=min(save_every, steps),
-        save_total_limit=arguments.save_total_limit or None,
-        report_to=dashboards.prepare_reporting(arguments.report_to, folder),
-        project=dashboards.project(),
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        **settings,
+        per_device_train_batch_size=arguments.batch_sentence_num // processes.count(),
+        # The first step of a warm-up has a rate of 0, so a warm-up as long as the run would train nothing.
+        warmup_steps=min(arguments.warmup_steps, settings["max_steps"] - 1),
         answer_space=arguments.answer_space,
         use_CoT=arguments.use_CoT,
         policy_gradient=arguments.policy_gradient,
         samples_per_prompt=arguments.repeat_time,
         temperature=arguments.model_temperature,
         max_response_length=arguments.max_response_length,
-        epoch_offset=arguments.start_epoch,
-        save_methods=arguments.save_methods,
         ppo_epochs=arguments.ppo_epochs,
         num_minibatches=arguments.num_minibatches,
         clip_range=arguments.clip_range,
@@ -263,33 +182,6 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int) -> PPOConfi
         entropy_coef=arguments.entropy_coef,
         value_coef=arguments.value_coef,
         value_learning_rate=arguments.value_learning_rate,
-        tokens_per_micro_batch=arguments.tokens_per_micro_batch,
-    )
-
-
-def finish(
-    arguments: PPOArguments, task: Task, folder: Path, trainer: PPOTrainer, train: list[dict], held_out: list[dict]
-) -> None:
-    """Write summary.json, and say what came out, where it lies and how to evaluate it."""
-    if processes.broadcast_from_main(lambda: evaluations(folder)[-1]["step"]) != trainer.state.global_step:
-        trainer.evaluate()
-    if not processes.is_main():
-        return
-    history = evaluations(folder)
-    moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
-    samples = trainer.state.global_step * arguments.batch_sentence_num * trainer.samples_per_prompt
-    write_summary(
-        folder, "ppo", task, replace(arguments), moments, samples, train_seconds(folder),
-        data_hash=data_hash(train), steps=trainer.state.global_step,
-        best_step=moments["best"]["step"], **scores.details_from_file(folder, task, held_out, arguments.data_path),
-    )  # fmt: skip
-    print(before_after_table(moments))
-    best = folder / "best"
-    print(
-        f"\nEverything lies in {folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, summary.json.\n"
-        f"Evaluate it:\n"
-        f"  bash scripts/inference.sh --task {task.name} --answer_space {arguments.answer_space} --from_local True "
-        f"--train_model_name {best}"
     )
 
 

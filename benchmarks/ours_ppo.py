@@ -26,6 +26,7 @@ from benchmarks.compiled import compile_elementwise
 from benchmarks.operations import llama, training_operations
 from engine.batches import common_prefix
 from run.history import history
+from training import ppo_trainer
 
 SHAPES = ((256, 576, 1536), (1024, 576, 1536), (1024, 1024, 1024), (2048, 2048, 2048))
 TRIES = 10
@@ -91,14 +92,14 @@ def main() -> None:
         compile_elementwise()
     callback = ClockCallback(inputs, arguments.until, arguments.time_limit)
 
-    class Clocked(ppo.PPOTrainer):
+    class Clocked(ppo_trainer.PPOTrainer):
         def __init__(self, *positional, callbacks=(), **named):
             if arguments.whole_answers:
                 named["stop"] = lambda text: False
             super().__init__(*positional, callbacks=[*callbacks, callback], **named)
             callback.trainer = self
 
-    ppo.PPOTrainer = Clocked
+    ppo_trainer.PPOTrainer = Clocked
     # At the start and at the end, as other programs may come and go on the machine.
     rates = [matrix_rate()] if arguments.matrix_rate else []
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))

@@ -322,6 +322,7 @@ def _serve() -> None:
     import ppo
     import sft
     from engine import models
+    from training import ppo_trainer, sft_trainer, training_run  # noqa: F401  # once here, and not in every child
 
     models.load_tokenizer, models.load_model = map(functools.cache, (models.load_tokenizer, models.load_model))
     scripts, terminals = {"ppo": ppo, "sft": sft}, {}

@@ -20,7 +20,7 @@ from machine.errors import ArgumentError, CheckpointError, ModelError
 from run import checkpoints
 from run.folder import lock
 from run.history import append_history, history, trim_history
-from training import ppo_trainer
+from training import ppo_trainer, sft_trainer
 
 STEPS = 3
 SAMPLED = dict(
@@ -308,7 +308,9 @@ def test_the_last_checkpoints_and_the_best_are_kept(model_folder, data_root, tmp
 # -------------------------------------------------------------------------------------------------------- --start_epoch
 
 
-@pytest.mark.parametrize("script, trainer", [(ppo, ppo_trainer.PPOTrainer), (sft, sft.Finetuner)], ids=["ppo", "sft"])
+@pytest.mark.parametrize(
+    "script, trainer", [(ppo, ppo_trainer.PPOTrainer), (sft, sft_trainer.Finetuner)], ids=["ppo", "sft"]
+)
 def test_a_later_first_epoch_has_its_own_rows_and_numbers(
     script, trainer, model_folder, data_root, tmp_path, monkeypatch
 ):

@@ -20,7 +20,8 @@ from engine import models
 from evaluation import answer_spaces
 from machine.errors import TrainingError
 from tasks import loaders, splits
-from training.sft_trainer import Finetuner
+from training.data import TaskData
+from training.sft_trainer import IGNORED, Finetuner
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -54,7 +55,7 @@ def test_prompt_and_answer_have_the_ids_of_inference(name, loss_on, embedded):
     task = tasks.get(name)
     rows = loaders.load(task, "train", data_root=FIXTURES)
     arguments = sft.SFTArguments(task=name, loss_on=loss_on)
-    table, _ = sft.dataset(arguments, [sft.Part(task, rows, rows)], embedded)
+    table, _ = sft.dataset(arguments, [TaskData(task, rows, rows)], embedded)
     trie = answer_spaces.label_trie(task, embedded)
     for row, entry in zip(rows, table, strict=True):
         asked, _ = prompts.build(task, row, embedded)
@@ -67,7 +68,7 @@ def test_prompt_and_answer_have_the_ids_of_inference(name, loss_on, embedded):
         assert answer[-1] == embedded.eos_token_id
         assert embedded.decode(answer[:-1]) == prompts.target(task, row)
         assert labels[len(asked) :] == answer
-        assert set(labels[: len(asked)]) == {sft.IGNORED} if loss_on == "answer" else labels == ids
+        assert set(labels[: len(asked)]) == {IGNORED} if loss_on == "answer" else labels == ids
 
 
 def test_a_word_that_melts_into_the_closing_tag_keeps_its_spelling():
@@ -97,7 +98,8 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
     arguments = sft.SFTArguments(task="SST", data_path=str(data_root), batch_sentence_num=6, max_steps=1)
     arguments.loss_on, arguments.report_to = loss_on, "none"
     tokenizer = models.load_tokenizer(str(model_folder), True)
-    parts = sft.load(arguments, sft.check(arguments))
+    sft.check(arguments)
+    parts = sft.load(arguments, sft.find_tasks(arguments))
     table, _ = sft.dataset(arguments, parts, tokenizer)
     torch.manual_seed(0)
     trainer = Finetuner(
@@ -115,13 +117,13 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch["input_ids"]) == 6
     weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    count = (batch["labels"][:, 1:] != sft.IGNORED).sum()
+    count = (batch["labels"][:, 1:] != IGNORED).sum()
     loss = trainer.training_step(trainer.model, dict(batch), count)
     found = {name: weight.grad.clone() for name, weight in weights.items()}
     trainer.model.zero_grad()
     hidden = trainer.engine.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     logits, labels = trainer.engine.head(hidden)[:, :-1], batch["labels"][:, 1:]
-    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORED)
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     plain.backward()
     assert float(loss) == pytest.approx(plain.item(), rel=1e-4)
     for name, weight in weights.items():

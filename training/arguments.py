@@ -1,0 +1,69 @@
+"""The arguments that ppo.py and sft.py share, and what is checked of them. Imports nothing that takes long."""
+
+from dataclasses import dataclass, field
+
+from machine.errors import ArgumentError
+from run.arguments import Arguments, divisible, one_of
+
+
+@dataclass
+class TrainArguments(Arguments):
+    """What ppo.py and sft.py take beside the arguments of all scripts."""
+
+    learning_rate: float | None = field(default=None, metadata={"help": "of the adapter; default by recipe"})
+    start_epoch: int = field(default=0, metadata={"help": "number of the first epoch"})
+    end_epoch: int | None = field(
+        default=None, metadata={"help": "train up to, not including, this epoch; default the one after --start_epoch"}
+    )
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "stop after so many steps; 0: when the epochs end; default by recipe, 0 with --end_epoch"},
+    )
+    repeat_time: int | None = field(default=None, metadata={"help": "samples per prompt; default by recipe"})
+    save_methods: str = field(default="epoch", metadata={"help": "step or epoch"})
+    save_freq: int = field(default=20, metadata={"help": "with --save_methods step: every so many steps"})
+    checkpoint_rate: int = field(default=1, metadata={"help": "with --save_methods epoch: every so many epochs"})
+    eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: before and after only"})
+    save_total_limit: int = field(default=0, metadata={"help": "keep so many of the last checkpoints; 0: all"})
+    resume: str = field(default="", metadata={"help": "folder of a run to go on with, from its last checkpoint"})
+
+
+POSITIVE = ("learning_rate", "repeat_time", "save_freq", "checkpoint_rate")
+NOT_NEGATIVE = ("max_steps", "eval_steps", "start_epoch", "save_total_limit")
+
+
+def fill_in_epochs(arguments: TrainArguments) -> None:
+    """Without --end_epoch one epoch; with it, and without --max_steps, whole epochs."""
+    if arguments.end_epoch is None:
+        arguments.end_epoch = arguments.start_epoch + 1
+    elif arguments.max_steps is None:
+        arguments.max_steps = 0
+
+
+def check_training(
+    arguments: TrainArguments, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()
+) -> None:
+    """ArgumentError unless the shared arguments, and those that are named, can be used. None stays to be decided."""
+    one_of("save_methods", arguments.save_methods, ("step", "epoch"))
+    for name in (*POSITIVE, *positive):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ArgumentError(f"--{name} {value} must be greater than 0")
+    for name in (*NOT_NEGATIVE, *not_negative):
+        value = getattr(arguments, name)
+        if value is not None and value < 0:
+            raise ArgumentError(f"--{name} {value} must not be negative")
+    if arguments.end_epoch <= arguments.start_epoch:
+        raise ArgumentError(
+            f"--end_epoch {arguments.end_epoch} must be greater than --start_epoch {arguments.start_epoch}"
+        )
+    divisible(arguments)
+
+
+def check_batch(arguments: TrainArguments, rows: int, name: str) -> None:
+    """ArgumentError if a step takes more than all training rows of the task (or tasks) of this name."""
+    if rows < arguments.batch_sentence_num:
+        raise ArgumentError(
+            f"--batch_sentence_num {arguments.batch_sentence_num} is more than the {rows} training rows of {name}; "
+            "lower it"
+        )

@@ -1,0 +1,227 @@
+"""What ppo.py and sft.py share once their arguments are checked: the model, Trainer's settings, evaluation on held-out
+rows, and the run from its folder to its summary."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+import rewards
+from engine import models
+from engine.engine import Engine
+from engine.loading import load_model
+from evaluation import answer_spaces, predict, predictions, scores
+from evaluation.predictions import Prediction
+from machine import processes
+from run import dashboards
+from run.faults import Guard
+from run.folder import data_hash, folder_of, open_run, write_summary
+from run.history import before_after_table, evaluations, train_seconds
+from run.progress import RunCallback, quiet_trainer
+from tasks import Task
+from training.arguments import TrainArguments
+from training.data import TaskData
+
+EPISODES_PER_TASK = 2
+
+
+def load_tokenizer(arguments: TrainArguments, data: list[TaskData]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ModelError, also if labels that it must tell apart are spelled alike."""
+    tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
+    if arguments.answer_space != "free":
+        for part in data:
+            answer_spaces.label_trie(part.task, tokenizer)
+    return tokenizer
+
+
+def load(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, bool]:
+    """The model, and whether its engine must use the plain forward. Raises ModelError."""
+    model, problem = load_model(arguments.train_model_name, tokenizer, arguments)
+    return model, problem is not None
+
+
+def trainer_settings(arguments: TrainArguments, folder: Path, rows: int) -> dict:
+    """What both scripts tell Trainer: fields of TrainingArguments, and those that both configurations add.
+
+    rows: of the training set. A step takes `--batch_sentence_num` of them.
+    """
+    steps_per_epoch = rows // arguments.batch_sentence_num
+    by_epochs = (arguments.end_epoch - arguments.start_epoch) * steps_per_epoch
+    steps = min(arguments.max_steps or by_epochs, by_epochs)
+    by_step = arguments.save_methods == "step"
+    save_every = arguments.save_freq if by_step else arguments.checkpoint_rate * steps_per_epoch
+    return dict(
+        output_dir=str(folder),
+        run_name=folder.name,
+        seed=arguments.seed,
+        dataloader_drop_last=True,
+        max_steps=steps,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=min(arguments.eval_steps or steps, steps),
+        eval_on_start=not evaluations(folder),
+        save_strategy="steps",
+        save_steps=min(save_every, steps),
+        save_total_limit=arguments.save_total_limit or None,
+        report_to=dashboards.prepare_reporting(arguments.report_to, folder),
+        project=dashboards.project(),
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        save_methods=arguments.save_methods,
+        epoch_offset=arguments.start_epoch,
+        tokens_per_micro_batch=arguments.tokens_per_micro_batch,
+    )
+
+
+def predictions_folder(part: TaskData, data: list[TaskData], folder: Path) -> Path:
+    """Where the answers to a task's held-out rows are kept: of several tasks each has a folder inside the run's."""
+    return folder / folder_of(part.task) if len(data) > 1 else folder
+
+
+def episode(part: TaskData, i: int, prediction: Prediction) -> dict:
+    """The answer to a task's held-out row i with its prompt, its reward and its row."""
+    row = part.held_out[i]
+    reward = rewards.reward(part.task, prediction.label, row["label"])
+    return {
+        "prompt": part.held_out_prompts[i],
+        "answer": prediction.text,
+        "reward": reward,
+        "row": row,
+        "task": part.task,
+    }
+
+
+class HeldOutEvaluation:
+    """Called with an engine, it answers the held-out rows, keeps the answers in the run's folder, and scores them.
+
+    The figures are the task's metrics; of several tasks each one's as <task>/<metric>, and the means of score and
+    invalid_rate. `episodes` holds a few answers of the last call, as a terminal and the dashboards show them.
+    """
+
+    def __init__(self, arguments: TrainArguments, data: list[TaskData], folder: Path, **how):
+        """how: arguments of predict.predict beside answer space and length."""
+        self.answer_space, self.max_response_length = arguments.answer_space, arguments.max_response_length
+        self.data, self.folder, self.how = data, folder, how
+        self.episodes: list[dict] = []
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        first, figures = not evaluations(self.folder), {}
+        self.episodes.clear()
+        for part in self.data:
+            found = predict.predict(
+                engine, part.task, part.held_out_prompts, self.answer_space, self.max_response_length, **self.how
+            )
+            folder = predictions_folder(part, self.data, self.folder)
+            predictions.write(folder, part.task, part.held_out, part.held_out_prompts, found, engine.tokenizer, first)
+            self.episodes += [episode(part, i, prediction) for i, prediction in enumerate(found[:EPISODES_PER_TASK])]
+            figures[part.task.name] = scores.score(part.task, part.held_out, found)
+        if len(figures) == 1:
+            return next(iter(figures.values()))
+        means = {name: sum(f[name] for f in figures.values()) / len(figures) for name in ("score", "invalid_rate")}
+        return means | {f"{task}/{name}": value for task, found in figures.items() for name, value in found.items()}
+
+
+class TrainingRun:
+    """One run of ppo.py or sft.py: its folder, what shows and guards it, and its end.
+
+    Attributes: `folder`, and `callbacks` for the trainer. Raises ArgumentError and CheckpointError (see open_run).
+    """
+
+    def __init__(
+        self,
+        method: str,
+        arguments: TrainArguments,
+        name: Task | str,
+        data: list[TaskData],
+        tokenizer: PreTrainedTokenizerBase,
+        guard: Guard,
+    ):
+        """method: ppo or sft. name: the task, or a name for several. guard: told where the run lies, and its end."""
+        self.method, self.arguments, self.name, self.data, self.guard = method, arguments, name, data, guard
+        self.train_rows = [row for part in data for row in part.train]
+        held_out = [row for part in data for row in part.held_out]
+        run = open_run(arguments, name, self.train_rows, held_out, arguments.learning_rate)
+        self.folder = guard.folder = run.folder
+        self.checkpoint = run.checkpoint
+        guard.at_exit.append(lambda code: run.close())
+        self.progress = RunCallback(self.folder, data[0].task, tokenizer)
+        trackers = dashboards.wandb_callbacks(arguments.report_to, self.progress, method)
+        guard.at_exit += [tracker.close for tracker in trackers]
+        self.callbacks: list[TrainerCallback] = [guard, self.progress, *trackers]
+        transformers.set_seed(arguments.seed)
+
+    def announce(self, shortened: int, how: str) -> None:
+        """Say what is trained on what. shortened: prompts that lost text. how: the method's own settings."""
+        arguments = self.arguments
+        print(models.device_line())
+        for part in self.data:
+            print(f"{part.task.name}: {len(part.train)} training rows, {len(part.held_out)} held out")
+        print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
+        print(
+            f"{arguments.train_model_name}, {how}, learning rate {arguments.learning_rate:g}; "
+            f"the run lies in {self.folder}"
+        )
+
+    def save_start_adapter(self, checkpoint: Path) -> None:
+        """Complete a checkpoint by the adapter that training began from, if there was one."""
+        models.save_start_adapter(self.arguments.train_model_name, self.arguments.from_local, checkpoint)
+
+    def train(self, trainer, plain: bool) -> None:
+        """Train from the start or from the run's last checkpoint; SystemExit if a signal ended it before its time.
+
+        trainer: a RunTrainer. plain: whether its engine must use the plain forward.
+        """
+        quiet_trainer(trainer)
+        self.progress.trainer = trainer
+        trainer.engine.plain = plain
+        if self.checkpoint:
+            print(f"Going on from {self.checkpoint}")
+        trainer.train_from(self.checkpoint)
+        self.guard.trained(trainer)
+
+    def finish(self, trainer, samples_per_step: int, data_path: str, **more) -> None:
+        """Evaluate the last weights, write summary.json (with `more`), and say what came out and how to evaluate it.
+
+        data_path: where the data lies, if not below data/.
+        """
+        step = trainer.state.global_step
+        if processes.broadcast_from_main(lambda: evaluations(self.folder)[-1]["step"]) != step:
+            trainer.evaluate()
+        if not processes.is_main():
+            return
+        history = evaluations(self.folder)
+        moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
+        write_summary(
+            self.folder,
+            self.method,
+            self.data[0].task if len(self.data) == 1 else self.name,
+            self.arguments,
+            moments,
+            step * samples_per_step,
+            train_seconds(self.folder),
+            data_hash=data_hash(self.train_rows),
+            steps=step,
+            best_step=moments["best"]["step"],
+            **more,
+            **self._details(data_path),
+        )
+        print(before_after_table(moments))
+        names = ",".join(part.task.name for part in self.data)
+        print(
+            f"\nEverything lies in {self.folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, "
+            f"summary.json.\nEvaluate it:\n"
+            f"  bash scripts/inference.sh --task {names} --answer_space {self.arguments.answer_space} "
+            f"--from_local True --train_model_name {self.folder / 'best'}"
+        )
+
+    def _details(self, data_path: str) -> dict:
+        """Intervals and confusion counts of the last answers; of several tasks under `details`, by task."""
+        found = {}
+        for part in self.data:
+            folder = predictions_folder(part, self.data, self.folder)
+            found[part.task.name] = scores.details_from_file(folder, part.task, part.held_out, data_path)
+        return found[self.data[0].task.name] if len(self.data) == 1 else {"details": found}
