@@ -1,38 +1,41 @@
 """A task's row as a prompt: zero-shot, few-shot or chain of thought, with a chat template or plain.
 
-A prompt is an instruction that is the same for every row (so that the engine computes it once), the row's fields, and
-a short question at the end (paid for every row). The assistant's turn is begun as `<Judgement>` (with chain of thought:
-`<Analysis>`), so the next token is the answer. Wording is half of the method: a model that never gives an answer that
-parses gets no signal to learn from, so every wording here was tried on real rows
-(docs/results/prompts.md). What worked on small models is to show the possible answers as they are to be written, tags
-included, and to end on the name of what is asked for.
+A prompt is an instruction that is the same for every row (so the engine computes it once), the row's texts, and a short
+question (computed for every row). The assistant's turn is begun as `<Judgement>` (with chain of thought: `<Analysis>`),
+so the next token is the answer. A model whose answers never parse gets no training signal, so every wording here was
+tried on real rows (the README has the share of valid answers). On small models it works best to show the possible
+answers exactly as they are to be written, tags included, and to end on the name of what is asked for.
 
-A row's text is only ever data. What a chat template (or the plain layout) tells its turns apart by is broken up by a
-space where it stands in a text, special tokens and plain marks such as `[INST]` or `Assistant:` alike; all other texts
-are copied as they are, tags included, as answers are read from the generated tokens alone.
+A row's text is only ever data. Whatever the chat template (or the plain layout) tells its turns apart by, special
+tokens and plain marks such as `[INST]` or `Assistant:` alike, is broken up by a space where it occurs in a text.
+Everything else is copied as it is, tags included, because answers are read from the generated tokens alone.
 """
+
+from __future__ import annotations
 
 import contextlib
 import re
 from dataclasses import dataclass
-
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from machine.errors import PromptError
 from rewards import ANALYSIS, ANALYSIS_END, JUDGEMENT, JUDGEMENT_END
 from tasks import Task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_PROMPT_LENGTH = 512
-TOKENIZED_AT_ONCE = 1000  # many at once are faster, but what the tokenizer returns besides the ids takes memory
+TOKENIZED_AT_ONCE = 1000  # larger batches are faster, but what the tokenizer returns besides the ids takes memory
 
 
 @dataclass(frozen=True)
 class Wording:
-    """What a task says around its row.
+    """The text around a task's row.
 
-    `{words}` stands for the task's words ("negative or positive") and, in the instruction, `{answers}` for the same
-    between tags. The other braces are fields of the row, and not in the instruction: all prompts of the task share it.
+    `{words}` stands for the task's label words ("negative or positive") and, in the instruction, `{answers}` for the
+    same words between tags. All other braces are fields of the row. The instruction has none of them, because all
+    prompts of the task share it.
     """
 
     instruction: str
@@ -51,8 +54,8 @@ SENTIMENT = Wording(
     body="Review: {sentence}",
     question="Sentiment ({words}):",
 )
-# The order in which a prompt names the answers moves a small model's choice. Entailment tasks number their classes
-# differently, so their two wordings spell out one order.
+# The order in which a prompt names the answers biases a small model. Entailment tasks number their classes differently,
+# so their two wordings spell out one order.
 ENTAILMENT = Wording(
     instruction="Read a text and decide whether a statement follows from it. If the text says or implies that the "
     "statement is true, the answer is yes, if it does not, the answer is no. "
@@ -157,7 +160,7 @@ WORDINGS: dict[str, Wording] = {
         question="Mental state:",
     ),
 }
-# Small models write the analysis but no answer unless they are shown both together, once per answer.
+# Small models write the analysis but no answer unless they are shown both together, once for each answer.
 COT = "Always write one sentence of reasoning before the answer, in one of these forms: {forms}."
 
 
@@ -173,17 +176,10 @@ def build(
 
     max_prompt_length: in tokens, the begun `<Judgement>` or `<Analysis>` included.
     demonstrations: labelled rows of the training split, shown as earlier turns; they are never cut.
-    Raises PromptError if the prompt does not fit even without its passage, or a text cannot be kept from reading as a
-    turn of its own.
+    Raises PromptError if the prompt does not fit even without its passage, or if a text would be read as a turn of its
+    own.
     """
-    prompts, shortened = build_all(
-        task,
-        [row],
-        tokenizer,
-        use_CoT=use_CoT,
-        max_prompt_length=max_prompt_length,
-        demonstrations=demonstrations,
-    )
+    prompts, shortened = build_all(task, [row], tokenizer, use_CoT, max_prompt_length, demonstrations)
     return prompts[0], shortened == 1
 
 
@@ -196,57 +192,56 @@ def build_all(
     demonstrations: list[dict] = (),
 ) -> tuple[list[list[int]], int]:
     """The prompts of all rows, and how many lost text of their passage. Arguments and errors are those of `build`."""
-
-    def tokenize(rows_fields: list[dict], shots: list[tuple[dict, str]]) -> list[list[int]]:
-        ids = []
-        for start in range(0, len(rows_fields), TOKENIZED_AT_ONCE):
-            batch = rows_fields[start : start + TOKENIZED_AT_ONCE]
-            texts = [_render(task, fields, tokenizer, use_CoT, shots) for fields in batch]
-            # A chat template writes its own begin-of-sequence token; a plain prompt needs the tokenizer's.
-            ids += tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
-        return ids
-
-    marks = _turn_marks(tokenizer)
+    marks = turn_marks(tokenizer)
     marked = next((word for word in task.words if marks.search(word)), None)
     if marked is not None:
         raise PromptError(f"the label {marked!r} of {task.name} is a mark of this model's own; rename it in the data")
-    shots = [(_fields(task, shot, marks), answer_word(task, shot["label"])) for shot in demonstrations]
-    all_fields = [_fields(task, row, marks) for row in rows]
-    prompts = tokenize(all_fields, shots)
+    shots = [(row_texts(task, shot, marks), answer_word(task, shot["label"])) for shot in demonstrations]
+
+    def tokenize(texts_of_rows: list[dict[str, str]], shots=shots) -> list[list[int]]:
+        ids = []
+        for start in range(0, len(texts_of_rows), TOKENIZED_AT_ONCE):
+            batch = texts_of_rows[start : start + TOKENIZED_AT_ONCE]
+            prompts = [render(task, texts, tokenizer, use_CoT, shots) for texts in batch]
+            # A chat template writes its own begin-of-sequence token; a plain prompt needs the tokenizer's.
+            ids += tokenizer(prompts, add_special_tokens=tokenizer.chat_template is None).input_ids
+        return ids
+
+    texts_of_rows = [row_texts(task, row, marks) for row in rows]
+    prompts = tokenize(texts_of_rows)
     empty = dict.fromkeys(task.fields, "")
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.discard(tokenizer.unk_token_id)  # any text may hold characters that the tokenizer does not know
     turns = [token for token in tokenize([empty], [(empty, word) for _, word in shots])[0] if token in special]
     shortened = 0
-    for i, fields in enumerate(all_fields):
+    for i, (row, texts) in enumerate(zip(rows, texts_of_rows)):
         shortened += len(prompts[i]) > max_prompt_length
-        while len(prompts[i]) > max_prompt_length:
-            longest = max(task.passage, key=lambda name: len(fields[name]), default=None)
-            if longest is None or not fields[longest]:
+        while (excess := len(prompts[i]) - max_prompt_length) > 0:
+            longest = max(task.passage, key=lambda name: len(texts[name]), default=None)
+            if longest is None or not texts[longest]:
                 raise PromptError(
-                    f"row {rows[i].get('id', i)} of {task.name} takes {len(prompts[i])} tokens even without its "
+                    f"row {row.get('id', i)} of {task.name} takes {len(prompts[i])} tokens even without its "
                     f"passage; raise --max_prompt_length (now {max_prompt_length})"
                     + (" or lower --num_shots" if demonstrations else "")
                 )
             # In steps, so that two long passages both keep their beginning.
-            excess = len(prompts[i]) - max_prompt_length
-            fields[longest] = _shorten(fields[longest], -(-excess // len(task.passage)), tokenizer)
-            prompts[i] = tokenize([fields], shots)[0]
+            texts[longest] = _shorten(texts[longest], -(-excess // len(task.passage)), tokenizer)
+            prompts[i] = tokenize([texts])[0]
         if [token for token in prompts[i] if token in special] != turns:
             raise PromptError(
-                f"row {rows[i].get('id', i)} of {task.name}, or a demonstration before it, holds a text that this "
+                f"row {row.get('id', i)} of {task.name}, or a demonstration before it, holds a text that this "
                 "model's tokenizer reads as a special token; change the text in the data"
             )
     return prompts, shortened
 
 
 def target(task: Task, row: dict) -> str:
-    """What the model should write after `<Judgement>` for a labelled row."""
+    """What the model should write after `<Judgement>` for a labelled row: the label's word and the closing tag."""
     return answer_word(task, row["label"]) + JUDGEMENT_END
 
 
 def answer_word(task: Task, label: int | float) -> str:
-    """The word for a label: the class's word, or the number with one decimal."""
+    """The verbalizer: a class's word, or the number with one decimal."""
     return f"{label:.1f}" if task.number else task.words[label]
 
 
@@ -255,12 +250,13 @@ def listed(words: tuple[str, ...]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words)
 
 
-def _render(task: Task, fields: dict[str, str], tokenizer, use_CoT: bool, shots: list[tuple[dict, str]]) -> str:
+def render(task: Task, texts: dict[str, str], tokenizer, use_CoT: bool, shots: list[tuple[dict, str]]) -> str:
+    """A prompt as text. shots: the texts and the answer word of every demonstration."""
     wording = WORDINGS[task.name]
-    # Braces in a row's text stay as they are: every text is filled in once, and never read as a template.
+    # Braces in a row's text stay as they are: a text is filled in once and never read as a template.
     words, template = listed(task.words), f"{wording.body}\n{wording.question}"
     instruction = wording.instruction.format(words=words, answers=between_tags(*task.words))
-    users = [template.format(words=words, **texts) for texts in [*(shot for shot, _ in shots), fields]]
+    users = [template.format(words=words, **shown) for shown in [*(shot for shot, _ in shots), texts]]
     answers = [between_tags(word) for _, word in shots]
     if use_CoT:
         ends = task.words[:: len(task.words) - 1] if task.number else task.words  # not all 51 numbers
@@ -270,7 +266,7 @@ def _render(task: Task, fields: dict[str, str], tokenizer, use_CoT: bool, shots:
 
 
 def _layout(tokenizer, instruction: str, users: list[str], answers: list[str]) -> str:
-    """The conversation up to the last answer, which is begun and empty."""
+    """The conversation up to the beginning of its last answer."""
     if tokenizer.chat_template is None:
         turns = [f"Prompt: {user}\nAssistant: {answer}" for user, answer in zip(users, [*answers, ""])]
         return "\n".join([f"System_prompt: {instruction}", *turns])
@@ -278,16 +274,18 @@ def _layout(tokenizer, instruction: str, users: list[str], answers: list[str]) -
     messages = [{"role": "user", "content": f"{instruction}\n{users[0]}"}]
     for answer, user in zip(answers, users[1:]):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": user}]
-    # The last option is for models that would otherwise think at length first; other templates do not read it.
+    # enable_thinking is for models that would otherwise reason at length first; other templates ignore it.
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
-def _turn_marks(tokenizer) -> re.Pattern:
-    """What a row's text must not say: the special tokens, and whatever else tells the layout's turns apart.
+def turn_marks(tokenizer) -> re.Pattern:
+    """What a row's text must not contain: the special tokens, and whatever else tells the layout's turns apart.
 
-    The latter is what stands around the texts of a made-up conversation: short and with punctuation, as in "[INST]",
+    The latter is found around the texts of a made-up conversation: it is short and has punctuation, as in "[INST]",
     "USER:" or "### Response:". A bare word ("user") is only ever a mark together with a special token.
     """
+    from jinja2 import TemplateError
+
     text = "text0of0a0turn"
     layouts = [_layout(tokenizer, text, [text, text], [text])]
     if tokenizer.chat_template is not None:
@@ -304,24 +302,24 @@ def _turn_marks(tokenizer) -> re.Pattern:
     return re.compile("|".join(marks[mark] for mark in sorted(marks, key=len, reverse=True)) or r"(?!)")
 
 
-def _fields(task: Task, row: dict, marks: re.Pattern) -> dict[str, str]:
-    """The row's texts with every mark of a turn broken up. Raises PromptError for a text that cannot be encoded."""
+def row_texts(task: Task, row: dict, marks: re.Pattern) -> dict[str, str]:
+    """The row's text fields with every turn mark broken up. Raises PromptError for a text that cannot be encoded."""
 
     def broken(found: re.Match) -> str:
         mark = found[0]
         end = -1 if mark[0].isalpha() else 1  # "Assistant :", "< |im_end|>"
         return f"{mark[:end]} {mark[end:]}"
 
-    fields = {name: marks.sub(broken, str(row[name])) for name in task.fields}
-    for name, text in fields.items():
+    texts = {name: marks.sub(broken, str(row[name])) for name in task.fields}
+    for name, text in texts.items():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError(
                 f"row {row.get('id')} of {task.name} holds half of a character ({text[error.start]!a} in {name}), "
-                "which no tokenizer reads; correct the data"
+                "which no tokenizer can read; correct the data"
             ) from error
-    return fields
+    return texts
 
 
 def _shorten(text: str, excess: int, tokenizer) -> str:

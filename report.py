@@ -3,9 +3,9 @@
     python report.py                                   the runs below model/, the report in report/
     python report.py --runs model/RTE --output_dir rte
 
-report.html is one file that can be sent around (no server, no network, no script). report.md is for a README,
-report.csv for further computing, report.tex for a paper; the figures lie beside them as PNG. Nothing is run again: all
-of it stands in the runs' summary.json, history.jsonl and predictions.jsonl, and belongs to their last evaluation.
+report.html is a single file that can be passed on (no server, no network, no script). report.md is for a README,
+report.csv for further computation, report.tex for a paper; the figures are PNG files beside them. Nothing is run again:
+all of it comes from the runs' summary.json, history.jsonl and predictions.jsonl, and belongs to their last evaluation.
 """
 
 import shutil
@@ -36,12 +36,12 @@ class ReportArguments:
 def contents(found: Collection) -> dict[str, bytes]:
     """Every file of the report by its name."""
     groups = found.groups
-    shown = tables.results_tables(groups)
+    shown = tables.score_tables(groups)
     compared = comparison.compare_all(groups)
     shown += [tables.comparison_table(compared)] if compared else []
     shown += [tables.cost_table(groups)] if groups else []
     made = page.pictures(found)
-    left = [f"- {tables.markdown(f'{place}: {text}')}" for place, text in found.unfinished]
+    left = [f"- {tables.markdown(f'{run}: {text}')}" for run, text in found.unfinished]
     markdown = [tables.to_markdown(table) for table in shown]
     markdown += ["## Unfinished runs\n\n" + "\n".join(left) + "\n"] if left else []
     texts = {
@@ -55,19 +55,19 @@ def contents(found: Collection) -> dict[str, bytes]:
 
 
 def check_output(folder: Path) -> None:
-    """ArgumentError unless the folder is new, empty, or holds a report and nothing else."""
+    """Raises ArgumentError unless the folder is new, empty, or holds a report and nothing else."""
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"--output_dir {folder} is a file; give a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     other = sorted(n for n in names if n not in FILES and not (n.startswith("figure-") and n.endswith(".png")))
     if other:
         raise ArgumentError(
-            f"--output_dir {folder} holds {other[0]}, which is no part of a report; give another folder"
+            f"--output_dir {folder} holds {other[0]}, which is not part of a report; give another folder"
         )
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Put a folder with these files in the place of the older one, by two renames: no reader sees a part of either."""
+    """Replace the folder by one with these files, by two renames: no reader sees a part of either."""
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     with clear_errors("report.py"):
         root, folder = Path(arguments.runs), Path(arguments.output_dir)
         if not root.is_dir():
-            raise ArgumentError(f"--runs {root} is no folder; give the one that the runs lie below, such as model/")
+            raise ArgumentError(f"--runs {root} is not a folder; give the one that the runs lie below, such as model/")
         check_output(folder)
         found = collect(root)
         if not (found.results or found.unfinished or found.skipped):

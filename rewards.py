@@ -1,7 +1,7 @@
 """From generated text to a label, and from a label to a reward.
 
-There is one parser. Training rewards, evaluation metrics and early stopping all go through it, so a reward of +1 means
-exactly that the metric counts the answer as correct.
+There is one parser. Training rewards, evaluation metrics and early stopping all use it, so the reward is +1 if and only
+if the metric counts the answer as correct.
 
 The answer is the label word (or, for a number task, the plain decimal number) at the start of the judgement. White
 space before it is ignored, case is ignored, and "_", "-" and " " inside a word are the same. The longest word wins.
@@ -12,8 +12,8 @@ underscore or apostrophe. Such an answer is complete at
 - a line break, or the closing tag, with or without further words in between ("yes, it is", "yes it is</Judgement>"),
 - the end of the sequence (`ended`).
 
-An answer that could still grow into a longer one ("4." into "4.5", "not" into "not_entailment") is not complete
-before the next character decides. A number is complete with its third decimal, and what follows is not read. With
+An answer that could still grow into a longer one ("4." into "4.5", "not" into "not_entailment") is not complete until
+the next character decides. A number is complete with its third decimal, and what follows is not read. With
 `strict_format` only the word and its closing tag count, with nothing but white space between them.
 
 Three properties hold for every text and are tested:
@@ -37,9 +37,9 @@ ANALYSIS = "<Analysis>"
 ANALYSIS_END = "</Analysis>"
 
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines breaks
-# Punctuation that joins words instead of ending them. U+FFFD is half of a character whose other bytes are to come.
+# Punctuation that joins words instead of ending them. U+FFFD is part of a character whose other bytes are to come.
 JOINING = "-\u2010\u2011'\u2018\u2019`\u00b4\ufffd"
-# To three decimals, as leaderboards take it: a policy that may write more of them learns to, for they cost it nothing.
+# At most three decimals, as leaderboards take them: a policy that may write more learns to, as they cost it nothing.
 NUMBER = re.compile(r"[0-9]+(?:\.[0-9]{1,3})?")
 NUMBER_PREFIX = re.compile(r"(?:[0-9]+(?:\.[0-9]{0,2})?)?")
 WHOLE_NUMBER = re.compile(r"[0-9]+\.[0-9]{3}")
@@ -49,7 +49,7 @@ LINE_BREAK_OR_END = re.compile(f"[{LINE_BREAKS}]|{re.escape(JUDGEMENT_END)}")
 
 @lru_cache(maxsize=128)
 def _folded(words: tuple[str, ...]) -> tuple[int, list[tuple[str, int]]]:
-    """The longest word's length, and the words as they are compared, longest first, with their class ids."""
+    """The longest word's length, and the folded words with their class ids, longest first."""
     folded = sorted(((fold(word), label) for label, word in enumerate(words)), key=lambda pair: -len(pair[0]))
     return max(map(len, words), default=0), folded
 
@@ -69,7 +69,7 @@ def _judgement_start(text: str, use_CoT: bool) -> int | None:
 
 
 def _whole_label(task: Task, text: str, start: int) -> tuple[int | float, int] | None:
-    """The longest label at `start` that is a whole word there, and its end."""
+    """The longest label that is a whole word at `start`, and where it ends."""
     if task.number:
         number = NUMBER.match(text, start)
         found = [(min(max(float(number[0]), NUMBER_RANGE[0]), NUMBER_RANGE[1]), number.end())] if number else []
@@ -84,7 +84,7 @@ def _whole_label(task: Task, text: str, start: int) -> tuple[int | float, int] |
 
 
 def _decided(task: Task, text: str, start: int, end: int) -> bool:
-    """Whether nothing that follows the word can change it: a number with all its decimals."""
+    """Whether nothing that follows can change the label: it is a number with all its decimals."""
     return task.number and WHOLE_NUMBER.fullmatch(text, start, end) is not None
 
 
@@ -102,9 +102,9 @@ def _may_grow(task: Task, text: str, start: int) -> bool:
 def _read(
     task: Task, text: str, ended: bool, strict_format: bool, use_CoT: bool
 ) -> tuple[int | float | None, int | None, bool]:
-    """The label, the position where its word ends, and whether all hope of a label is gone."""
+    """The label, the position where its word ends, and whether no continuation can have a label."""
     if not ended:
-        text = text.rstrip("\ufffd")  # these characters are not known yet
+        text = text.rstrip("\ufffd")  # not yet decided which characters these are
     start = _judgement_start(text, use_CoT)
     if start is None:
         return None, None, ended
@@ -139,12 +139,12 @@ def parse(
 
 
 def is_complete(task: Task, text: str, ended: bool = False, strict_format: bool = False, use_CoT: bool = False) -> bool:
-    """Whether the answer is there and nothing generated after it can change it: generation may stop."""
+    """Whether there is an answer that nothing generated after it can change: generation may stop."""
     return parse(task, text, ended, strict_format, use_CoT) is not None
 
 
 def is_hopeless(task: Task, text: str, ended: bool = False, strict_format: bool = False, use_CoT: bool = False) -> bool:
-    """Whether no continuation of `text` can be parsed any more; a training episode may end here."""
+    """Whether no continuation of `text` can be parsed; a training episode may end here."""
     return _read(task, text, ended, strict_format, use_CoT)[2]
 
 
@@ -159,7 +159,7 @@ def label_length(
 
 
 def is_correct(task: Task, label: int | float | None, gold: int | float) -> bool:
-    """Whether a parsed answer is the gold one (a number: exactly). ValueError if the row has no gold label."""
+    """Whether a parsed answer equals the gold label, numbers included. ValueError if the row has no gold label."""
     if gold is None:
         raise ValueError(f"{task.name}: a row without a gold label has no reward; use a labelled split")
     return label is not None and label == gold
@@ -174,10 +174,10 @@ def reward(
     invalid: float = -3.0,
     number_correct: float = 2.5,
 ) -> float:
-    """The reward of a parsed answer (https://arxiv.org/abs/2410.11020): correct, wrong or invalid.
+    """The reward of a parsed answer: `correct`, `wrong` or `invalid` (https://arxiv.org/abs/2410.11020).
 
-    A number task is rewarded by distance instead: `number_correct` - |label - gold|, and -`number_correct` if there is
-    no number. ValueError if the row has no gold label.
+    For a number task it is `number_correct` - |label - gold|, and -`number_correct` without a number. ValueError if the
+    row has no gold label.
     """
     hit = is_correct(task, label, gold)
     if task.number:
@@ -196,10 +196,10 @@ def reward_function(
 ) -> Callable[..., list[float]]:
     """`reward` with the signature of TRL's reward functions, for PPOTrainer, trl.GRPOTrainer and trl.RLOOTrainer.
 
-    The result takes `completions` (strings, or conversations of {"role", "content"} whose last message is the answer)
-    and the dataset's `label` column, and gives one float per completion. A further column `ended` (one bool each) says
-    which completions the model ended itself; without it, all. A conversational completion may begin with the tag that
-    its prompt began the assistant's turn with; it is taken off.
+    The function takes `completions` (strings, or conversations of {"role", "content"} whose last message is the answer)
+    and the dataset's `label` column, and returns one float per completion. An optional column `ended` (a bool for each)
+    says which completions the model itself ended; the default is all. A conversational completion may begin with the
+    tag that its prompt began the assistant's turn with; the tag is removed.
     """
     opening = ANALYSIS if use_CoT else JUDGEMENT
 

@@ -47,22 +47,23 @@ def answer(
     """
     final, unfinished = folder / predictions.FILE, folder / predictions.UNFINISHED
     if processes.broadcast_from_main(final.exists):
-        return [prediction for prediction, _ in predictions.read(final, task, rows)]
-    known = processes.broadcast_from_main(
+        return predictions.read(final, task, rows)
+    answers = processes.broadcast_from_main(
         lambda: predictions.read(unfinished, task, rows) if unfinished.exists() else []
     )
-    if len(known) < len(rows):
-        known = known[: len(known) // batch * batch]
-    answers = [prediction for prediction, _ in known]
+    if len(answers) < len(rows):
+        answers = answers[: len(answers) // batch * batch]
     engine.shared_length = common_prefix(prompt_ids)
     main = processes.is_main()
     bar_options = dict(unit="row", desc=task.name, dynamic_ncols=True, disable=not main)
     with (
-        tqdm(total=len(rows), initial=len(known), **bar_options) as bar,
+        tqdm(total=len(rows), initial=len(answers), **bar_options) as bar,
         open(unfinished, "ab") if main else tempfile.TemporaryFile() as file,
     ):
-        file.truncate(sum(len(line.encode()) + 1 for _, line in known))
-        for start in range(len(known), len(rows), batch):
+        if main:
+            kept = unfinished.read_bytes().split(b"\n")[: len(answers)]
+            file.truncate(sum(len(line) + 1 for line in kept))
+        for start in range(len(answers), len(rows), batch):
             ids = [list(prompt) for prompt in prompt_ids[start : start + batch]]
             found = predict.predict(engine, task, ids, seed=seed + start, **how)
             texts = engine.tokenizer.batch_decode(ids)

@@ -8,12 +8,13 @@ predictions-before.jsonl.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import rewards
 from machine import processes
 from machine.errors import ArgumentError
-from machine.files import write_atomically
+from machine.files import read_json_lines, write_atomically
 from tasks import Task
 from tasks.labels import label_from_name, label_name
 
@@ -61,19 +62,22 @@ def _line(task: Task, row: dict, prompt: str, prediction: Prediction) -> dict:
     return line
 
 
-def read(path: Path, task: Task, rows: list[dict]) -> list[tuple[Prediction, str]]:
-    """The predictions in a file and their lines, in the order of the rows; an incomplete last line is left out.
+def read(path: Path, task: Task, rows: list[dict]) -> list[Prediction]:
+    """The predictions in a file, in the order of the rows; an incomplete last line is left out.
 
-    Raises ArgumentError if they are not about these rows.
+    Raises ArgumentError if they are not about these rows, or if a line is broken.
     """
-    known = []
-    for line, row in zip(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], rows):
-        entry = json.loads(line)
-        if entry["id"] != row["id"] or entry["gold"] != label_name(task, row["label"]):
+    try:
+        lines = list(islice(read_json_lines(path), len(rows)))
+    except ValueError as error:
+        raise ArgumentError(f"{error}; remove this line and all after it") from error
+    found = []
+    for line, row in zip(lines, rows):
+        if line["id"] != row["id"] or line["gold"] != label_name(task, row["label"]):
             raise ArgumentError(
-                f"{path} answers row {entry['id']} where the data has row {row['id']}: the data changed; put it back "
-                "as it was, or start a new run"
+                f"{path} answers row {line['id']} where the data has row {row['id']}: the data changed; put it back as "
+                "it was, or start a new run"
             )
-        label = label_from_name(task, entry["label"])
-        known.append((Prediction(entry["answer"], label, entry.get("probability_of_last_label")), line))
-    return known
+        label = label_from_name(task, line["label"])
+        found.append(Prediction(line["answer"], label, line.get("probability_of_last_label")))
+    return found

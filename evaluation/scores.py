@@ -33,7 +33,7 @@ def details(task: Task, rows: list[dict], found: list[Prediction], majority: int
 def details_from_file(folder: Path, task: Task, rows: list[dict], data_path: str) -> dict:
     """`details` of the answers in predictions.jsonl; empty if there are none to these rows."""
     try:
-        found = [prediction for prediction, _ in predictions.read(folder / predictions.FILE, task, rows)]
+        found = predictions.read(folder / predictions.FILE, task, rows)
     except (FileNotFoundError, ArgumentError) as error:
         print(f"No intervals in summary.json: {error}")
         return {}

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -36,6 +36,25 @@ def write_json(path: Path, data: dict) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def read_json_lines(path: Path, convert: Callable[[dict], dict] = dict) -> Iterator[dict]:
+    """The converted objects of a JSON Lines file. A last line without its end was cut off by a kill, and is left out.
+
+    Raises ValueError, with the path and the line, for any other line that is not an object or that `convert` refuses.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith("\n"):
+                return
+            try:
+                line = json.loads(text)
+                if not isinstance(line, dict):
+                    raise ValueError("not an object")
+                line = convert(line)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path} line {number} cannot be read ({error})") from error
+            yield line
 
 
 def free_name(path: Path) -> Path:

@@ -1,95 +1,152 @@
-"""Reads the runs below a folder: their summaries, histories and predictions; what cannot be read is named and left out.
+"""Reads the runs below a folder: their summaries, histories and predictions. What cannot be read is named and left out.
 
-A run of several tasks gives one result for each. The evaluation before training is a zero-shot result, if the model had
-no adapter yet and inference.py was not asked the same.
+A run of several tasks gives a result for each of them. The evaluation before training counts as a zero-shot result if
+the model had no adapter yet and inference.py was not asked the same.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tasks
 from evaluation import metrics, predictions
-from reporting.results import START, Collection, Result, asked
+from machine.files import read_json_lines
+from reporting.results import ADAPTER, FEW_SHOT, METHODS, PPO, SFT, START, ZERO_SHOT, Collection, Result, setup
 from run.folder import ROOT, folder_of
 from tasks import Task
 
 PROMPT_END = 600  # characters of each prompt that are kept
-METHODS = {"zero-shot": "zero-shot", "few-shot": "few-shot", "sft": "SFT", "ppo": "PPO", "trained": "adapter"}
 # Arguments that may differ between runs of one method: they do not change what is learned or answered.
 NOT_A_SETTING = {
-    "seed", "output_dir", "report_to", "resume", "task", "train_model_name", "from_local", "config", "split",
-    "submission", "tokens_per_micro_batch", "save_methods", "save_freq", "checkpoint_rate", "eval_steps",
-    "save_total_limit", "answer_space", "policy_gradient", "num_shots", "use_CoT", "do_sample", "strict_format",
-}  # fmt: skip
+    "answer_space",
+    "checkpoint_rate",
+    "config",
+    "do_sample",
+    "eval_steps",
+    "from_local",
+    "num_shots",
+    "output_dir",
+    "policy_gradient",
+    "report_to",
+    "resume",
+    "save_freq",
+    "save_methods",
+    "save_total_limit",
+    "seed",
+    "split",
+    "strict_format",
+    "submission",
+    "task",
+    "tokens_per_micro_batch",
+    "train_model_name",
+    "use_CoT",
+}
 PROMPTING = ("eval_size", "data_path", "max_prompt_length", "max_response_length", "same_shots", "load_in_8bit")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    name: str  # its folder, relative to --runs
+    folder: Path
+    summary: dict
+    history: list[dict]
+    adapter_of: dict | None  # the summary of the run whose adapter this one started from or asked
+    model: str  # the model that the adapters stand on
+    past: str  # the methods that trained the adapter before: "SFT + PPO"
+
+    @property
+    def arguments(self) -> dict:
+        return self.summary["arguments"]
+
+    @property
+    def method(self) -> str:
+        return METHODS[self.summary["method"]]
+
+    @property
+    def several(self) -> bool:
+        return len(self.summary.get("tasks") or ()) > 1
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.summary["tasks"] if self.several else [self.summary["task"]]
 
 
 def collect(root: Path) -> Collection:
     """All runs below a folder, in the order of their names. What cannot be read is left out and named."""
     found = Collection([], [], [], [])
-    raw: list[tuple[Path, dict]] = []
-    for folder in folders(root):
-        place = folder.relative_to(root).as_posix()
-        if not (folder / "summary.json").exists():
-            left = how_far(folder)
-            if left:
-                found.unfinished.append((place, left))
-                found.training.append((f"{place} (unfinished)", read_lines(folder / "history.jsonl", found.skipped)))
+    summaries: dict[Path, dict] = {}
+    for folder in run_folders(root):
+        path = folder / "summary.json"
+        if not path.exists():
+            add_unfinished(found, folder, folder.relative_to(root).as_posix())
             continue
         try:
-            raw.append((folder, read_summary(folder / "summary.json")))
+            summaries[folder] = read_summary(path)
         except (OSError, ValueError) as error:
-            found.skipped.append(f"{folder / 'summary.json'} {error}")
-    known = {folder.resolve(): summary for folder, summary in raw}
+            found.skipped.append(f"{path} {error}")
+    known = {folder.resolve(): summary for folder, summary in summaries.items()}
     starts: list[Result] = []
-    for folder, summary in raw:
-        place = folder.relative_to(root).as_posix()
-        history = read_lines(folder / "history.jsonl", found.skipped)
-        found.training.append((place, history))
-        several = len(summary.get("tasks") or ()) > 1
-        for name in summary["tasks"] if several else [summary["task"]]:
+    for folder, summary in summaries.items():
+        name = folder.relative_to(root).as_posix()
+        history = read_figures(folder / "history.jsonl", found.skipped)
+        found.training.append((name, history))
+        run = Run(name, folder, summary, history, origin(summary, known), *lineage(summary, known))
+        for task in run.tasks:
             try:
-                result, start = read_result(folder, place, summary, tasks.get(name), several, history, known)
+                result = read_result(run, tasks.get(task))
+                starts += before_training(run, result)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 found.skipped.append(f"{folder / 'summary.json'} is not as a run writes it ({error!r})")
                 continue
             found.results.append(result)
-            starts += [start] if start else []
-    own = {asked(result) for result in found.results if result.kind == "zero-shot"}
-    for start in starts:
-        key = asked(start)
-        if key not in own:  # greedy answers to the same rows: one run's are those of all
-            own.add(key)
-            found.results.append(start)
+    add_starts(found.results, starts)
     name_labels(found.results)
     for result in found.results:
         read_answers(result, found.skipped)
     return found
 
 
-def folders(root: Path) -> Iterable[Path]:
+def add_unfinished(found: Collection, folder: Path, name: str) -> None:
+    """Note an unfinished run, unless nothing is missing of it."""
+    left = how_far(folder)
+    if left:
+        found.unfinished.append((name, left))
+        found.training.append((f"{name} (unfinished)", read_figures(folder / "history.jsonl", found.skipped)))
+
+
+def add_starts(results: list[Result], starts: list[Result]) -> None:
+    """Add zero-shot results of training runs, one of those that ask the same: greedy answers do not differ."""
+    asked = {setup(result) for result in results if result.kind == ZERO_SHOT}
+    for start in starts:
+        if setup(start) not in asked:
+            asked.add(setup(start))
+            results.append(start)
+
+
+def run_folders(root: Path) -> Iterable[Path]:
     """Every folder of a run below (or at) root, sorted."""
     for path, inside, files in os.walk(root):
         inside[:] = sorted(name for name in inside if not name.startswith(".") and name != "wandb")
-        if {"summary.json", "arguments.json"} & set(files) or f".{predictions.FILE}" in files:
+        if {"summary.json", "arguments.json", predictions.UNFINISHED} & set(files):
             yield Path(path)
 
 
 def how_far(folder: Path) -> str:
     """How far an unfinished run came; empty for the top folder of several tasks' answers, if all of them are there."""
     try:
-        named = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))["task"].split(",")
-        several = [t for n in named for t in (tasks.suite(n) if n in tasks.SUITES else [tasks.get(n.strip())])]
+        names = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))["task"].split(",")
+        several = [t for n in names for t in (tasks.suite(n) if n in tasks.SUITES else [tasks.get(n.strip())])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         several = []
     done = [task for task in several if (folder / folder_of(task) / "summary.json").exists()]
     if done:
         missing = [task.name for task in several if task.in_suite_score and task not in done]
         return f"{len(done)} tasks answered, without {', '.join(missing)}" if missing else ""
-    steps = [line["step"] for line in read_lines(folder / "history.jsonl", [])]
+    steps = [line["step"] for line in read_figures(folder / "history.jsonl", [])]
     if steps:
         return f"stopped, or still running, after step {steps[-1]}"
     unfinished = folder / predictions.UNFINISHED
@@ -101,15 +158,13 @@ def read_summary(path: Path) -> dict:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"is no JSON ({error})") from error
-    kinds = {"method": str, "task": str, "model": str, "seed": int, "metrics": dict, "arguments": dict}
-    for name, kind in kinds.items():
+        raise ValueError(f"is not JSON ({error})") from error
+    types = {"method": str, "task": str, "model": str, "seed": int, "metrics": dict, "arguments": dict}
+    for name, kind in types.items():
         if not isinstance(summary, dict) or not isinstance(summary.get(name), kind):
             raise ValueError(f"has no {name!r}, or not as a run writes it")
     moments = summary["metrics"]
-    if "after" not in moments or not all(
-        isinstance(m, dict) and all(isinstance(v, int | float) for v in m.values()) for m in moments.values()
-    ):
+    if "after" not in moments or not all(isinstance(m, dict) and _all_numbers(m) for m in moments.values()):
         raise ValueError("has no numbers of the moment 'after' in 'metrics'")
     if summary["method"] not in METHODS:
         raise ValueError(f"has the unknown method {summary['method']!r}")
@@ -118,99 +173,137 @@ def read_summary(path: Path) -> dict:
     return summary
 
 
-def read_lines(
-    path: Path, skipped: list[str], needed: tuple[str, ...] = ("step",), keep: Callable[[dict], dict] | None = None
-) -> list[dict]:
-    """The lines of a JSON Lines file, without `keep` of numbers only; none if it is missing, or cannot be read."""
-    if not path.exists():
+def _all_numbers(figures: dict) -> bool:
+    return all(isinstance(value, int | float) for value in figures.values())
+
+
+def read_figures(path: Path, skipped: list[str]) -> list[dict]:
+    """The lines of a history.jsonl; none if it is missing or cannot be read."""
+
+    def checked(line: dict) -> dict:
+        if "step" not in line or not _all_numbers(line):
+            raise ValueError("not a step with its figures")
+        return line
+
+    return read_lines(path, skipped, checked)
+
+
+def read_lines(path: Path, skipped: list[str], convert: Callable[[dict], dict]) -> list[dict]:
+    """The converted lines of a JSON Lines file; none if it is missing or cannot be read."""
+    try:
+        return list(read_json_lines(path, convert)) if path.exists() else []
+    except ValueError as error:
+        skipped.append(str(error))
         return []
-    lines = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith("\n"):
-                break  # cut off by a kill
-            try:
-                line = json.loads(text)
-                missing = [name for name in needed if name not in line]
-                if missing:
-                    raise ValueError(f"no {missing[0]!r} in it")
-                if keep is None and not all(isinstance(value, int | float) for value in line.values()):
-                    raise ValueError("a value that is no number")
-            except (ValueError, TypeError, AttributeError) as error:
-                skipped.append(f"{path} line {number} cannot be read ({error})")
-                return []
-            lines.append(keep(line) if keep else line)
-    return lines
 
 
-def read_result(
-    folder: Path, place: str, summary: dict, task: Task, several: bool, history: list[dict], known: dict[Path, dict]
-) -> tuple[Result, Result | None]:
-    """A run's result for one task, and that of its evaluation before training where that is a zero-shot result."""
-    given, method = summary["arguments"], METHODS[summary["method"]]
-    training = summary["method"] in ("sft", "ppo")
-    adapter_of = origin(summary, known)
-    model, past = lineage(summary, known)
-    kind = f"few-shot {given.get('num_shots', '')}".strip() if method == "few-shot" else method
-    if method == "adapter":  # answered by inference.py
-        kind = f"{past} {Path(summary['model']).name}/" if adapter_of else "trained adapter"
-    elif past:
-        kind = f"{past} + {kind}"
-    how = [given.get("answer_space") or "labels"]
-    settings = {n: v for n, v in given.items() if (n not in NOT_A_SETTING if training else n in PROMPTING)}
-    if method == "adapter" and adapter_of:
-        before = adapter_of["arguments"]
-        how += [f"trained with {before['answer_space']}"] if before.get("answer_space") not in how else []
-        how += [before["policy_gradient"]] if before.get("policy_gradient") else []
-    elif given.get("policy_gradient"):
-        how.append(given["policy_gradient"])
-    if adapter_of:
-        earlier = {n: v for n, v in adapter_of["arguments"].items() if n not in {*NOT_A_SETTING, *PROMPTING}}
-        settings |= {f"earlier {name}": value for name, value in earlier.items()}
-    manner = ["chain of thought"] if given.get("use_CoT") else []
-    manner += ["strict format"] if given.get("strict_format") else []
-    manner += ["sampled answers"] if given.get("do_sample") else []
-    trained_on = f" on {summary['task']}" if several else ""
-    moments = {
-        moment: {name.removeprefix(f"{task.name}/"): value for name, value in figures.items()
-                 if not several or name.startswith(f"{task.name}/")}
-        for moment, figures in summary["metrics"].items()
-    }  # fmt: skip
-    settings["eval_size"] = 400 if settings.get("eval_size") is None else settings["eval_size"]
-    if how[0] == "labels" and not given.get("use_CoT"):
-        settings.pop("max_response_length", None)
-    steps = summary.get("steps") or 0
-    result = Result(
-        place=place, folder=folder / folder_of(task) if several else folder, kind=kind,
-        method=f"{kind}{trained_on} ({', '.join(how + manner)})", model=model, task=task,
-        version=summary.get("task_version") or (task.version if several else None),
+def read_result(run: Run, task: Task) -> Result:
+    """A run's result for one task."""
+    summary, given = run.summary, run.arguments
+    moments = {moment: figures_of(task, figures, run.several) for moment, figures in summary["metrics"].items()}
+    trained_on = f" on {summary['task']}" if run.several else ""
+    samples, steps = summary.get("samples") or 0, summary.get("steps") or 0
+    kind = kind_of(run)
+    return Result(
+        run=run.name,
+        folder=run.folder / folder_of(task) if run.several else run.folder,
+        kind=kind,
+        method=f"{kind}{trained_on} ({', '.join([*answer_space(run), *manner(given)])})",
+        model=run.model,
+        task=task,
+        version=summary.get("task_version") or (task.version if run.several else None),
         split=summary.get("split") or "validation",
-        seed=(adapter_of or summary)["seed"] if method == "adapter" else summary["seed"], settings=settings,
-        metrics=moments["after"], best=moments.get("best", {}).get("score"),
+        seed=(run.adapter_of or summary)["seed"] if run.method == ADAPTER else summary["seed"],
+        settings=settings_of(run),
+        metrics=moments["after"],
+        best=moments.get("best", {}).get("score"),
         before=moments.get("before", {}).get("score"),
-        details=summary.get("details", {}).get(task.name, {}) if several else summary,
-        samples=summary.get("samples") or 0, seconds=summary.get("train_seconds") or summary.get("seconds"),
-        memory=summary.get("peak_memory_bytes"), history=history,
-        samples_per_step=(summary.get("samples") or 0) / steps if steps else 0.0,
-    )  # fmt: skip
-    if not training or "before" not in moments or past or (given.get("from_local") and not whole_model(model)):
-        return result, None
-    start = replace(
-        result, place=f"{place}{START}", kind="zero-shot", metrics=moments["before"], history=[], samples=0,
-        method=f"zero-shot ({', '.join([how[0], *manner])})", best=None, before=None, memory=None,
-        seconds=next((line["eval/seconds"] for line in history if "eval/seconds" in line), None),
-        details={name: value for name, value in result.details.items() if name in ("majority", "labels")},
-        settings={name: value for name, value in settings.items() if name in PROMPTING},
-    )  # fmt: skip
-    return result, start
+        details=summary.get("details", {}).get(task.name, {}) if run.several else summary,
+        samples=samples,
+        seconds=summary.get("train_seconds") or summary.get("seconds"),
+        memory=summary.get("peak_memory_bytes"),
+        history=run.history,
+        samples_per_step=samples / steps if steps else 0.0,
+    )
+
+
+def before_training(run: Run, result: Result) -> list[Result]:
+    """The evaluation before training as a result of its own, if it is a zero-shot one."""
+    adapter = run.past or (run.arguments.get("from_local") and not whole_model(run.model))
+    if run.method not in (SFT, PPO) or "before" not in run.summary["metrics"] or adapter:
+        return []
+    style = ", ".join([answer_space(run)[0], *manner(run.arguments)])
+    return [
+        replace(
+            result,
+            run=f"{run.name}{START}",
+            kind=ZERO_SHOT,
+            method=f"{ZERO_SHOT} ({style})",
+            settings={name: value for name, value in result.settings.items() if name in PROMPTING},
+            metrics=figures_of(result.task, run.summary["metrics"]["before"], run.several),
+            best=None,
+            before=None,
+            details={name: value for name, value in result.details.items() if name in ("majority", "labels")},
+            samples=0,
+            seconds=next((line["eval/seconds"] for line in run.history if "eval/seconds" in line), None),
+            memory=None,
+            history=[],
+        )
+    ]
+
+
+def figures_of(task: Task, figures: dict[str, float], several: bool) -> dict[str, float]:
+    """One task's metrics; in a run of several tasks the task's name stands before each."""
+    start = f"{task.name}/"
+    return {n.removeprefix(start): value for n, value in figures.items() if not several or n.startswith(start)}
+
+
+def kind_of(run: Run) -> str:
+    """The method, with the number of demonstrations, or with what trained the adapter before."""
+    if run.method == ADAPTER:  # answered by inference.py
+        return f"{run.past} {Path(run.summary['model']).name}/" if run.adapter_of else "trained adapter"
+    kind = f"{FEW_SHOT} {run.arguments.get('num_shots', '')}".strip() if run.method == FEW_SHOT else run.method
+    return f"{run.past} + {kind}" if run.past else kind
+
+
+def answer_space(run: Run) -> list[str]:
+    """The answer space, and those of the training that are not the same; the form of the policy gradient."""
+    how = [run.arguments.get("answer_space") or "labels"]
+    training = run.arguments
+    if run.method == ADAPTER and run.adapter_of:
+        training = run.adapter_of["arguments"]
+        how += [f"trained with {training['answer_space']}"] if training.get("answer_space") not in how else []
+    return how + ([training["policy_gradient"]] if training.get("policy_gradient") else [])
+
+
+def manner(given: dict) -> list[str]:
+    """Departures from greedy answers without an analysis in the usual format."""
+    names = {"use_CoT": "chain of thought", "strict_format": "strict format", "do_sample": "sampled answers"}
+    return [name for argument, name in names.items() if given.get(argument)]
+
+
+def settings_of(run: Run) -> dict:
+    """The arguments that change what is learned or answered, and those of the training before."""
+    given = run.arguments
+    if run.method in (SFT, PPO):
+        settings = {name: value for name, value in given.items() if name not in NOT_A_SETTING}
+    else:
+        settings = {name: value for name, value in given.items() if name in PROMPTING}
+    if run.adapter_of:
+        earlier = {n: v for n, v in run.adapter_of["arguments"].items() if n not in {*NOT_A_SETTING, *PROMPTING}}
+        settings |= {f"earlier {name}": value for name, value in earlier.items()}
+    settings["eval_size"] = 400 if settings.get("eval_size") is None else settings["eval_size"]
+    if answer_space(run)[0] == "labels" and not given.get("use_CoT"):
+        settings.pop("max_response_length", None)
+    return settings
 
 
 def origin(summary: dict, known: dict[Path, dict]) -> dict | None:
     """The summary of the run whose adapter a run started from or asked; None if it started from a whole model."""
     if not summary["arguments"].get("from_local"):
         return None
-    places = (Path(summary["model"]), ROOT / summary["model"])
-    return next((known[p.resolve().parent] for p in places if p.resolve().parent in known), None)
+    paths = (Path(summary["model"]), ROOT / summary["model"])
+    return next((known[p.resolve().parent] for p in paths if p.resolve().parent in known), None)
 
 
 def lineage(summary: dict, known: dict[Path, dict]) -> tuple[str, str]:
@@ -223,37 +316,41 @@ def lineage(summary: dict, known: dict[Path, dict]) -> tuple[str, str]:
 
 
 def whole_model(model: str) -> bool:
-    """Whether a local folder is there, and is no adapter."""
-    places = (Path(model), ROOT / model)
-    return any(p.is_dir() for p in places) and not any((p / "adapter_config.json").exists() for p in places)
+    """Whether it is a local folder of a model, not of an adapter."""
+    paths = (Path(model), ROOT / model)
+    return any(p.is_dir() for p in paths) and not any((p / "adapter_config.json").exists() for p in paths)
 
 
 def name_labels(results: list[Result]) -> None:
-    """Give the tasks whose labels stand in their data the labels that the runs name."""
+    """Give the tasks whose labels are defined by their data the labels that the runs name."""
     for result in results:
         if not result.task.labels and not result.task.number:
             same = [other.details.get("labels") for other in results if other.task.name == result.task.name]
             result.task = replace(result.task, labels=tuple(next(filter(None, same), ())))
 
 
+def checked_answer(line: dict) -> dict:
+    """A line of predictions.jsonl, its prompt cut to the end that a page shows. ValueError if a key is missing."""
+    missing = [name for name in ("id", "prompt", "answer", "label", "gold") if name not in line]
+    if missing:
+        raise ValueError(f"it has no {missing[0]!r}")
+    return {**line, "prompt": str(line["prompt"])[-PROMPT_END:]}
+
+
 def read_answers(result: Result, skipped: list[str]) -> None:
     """Read a result's predictions, unless they are not those that its metrics were computed from."""
-    name = predictions.BEFORE if result.place.endswith(START) else predictions.FILE
-    needed = ("id", "prompt", "answer", "label", "gold")
-    lines = read_lines(
-        result.folder / name, skipped, needed, lambda line: {**line, "prompt": str(line["prompt"])[-PROMPT_END:]}
-    )
+    path = result.folder / (predictions.BEFORE if result.run.endswith(START) else predictions.FILE)
+    lines = read_lines(path, skipped, checked_answer)
     result.answers = lines or None
     if not lines or not result.scored:
         return
     try:
-        rows, labels, yes = result.scored_rows()
-        found = metrics.score(result.task, rows, labels, yes)
+        found = metrics.score(result.task, *result.scored_rows())
     except (ValueError, TypeError) as error:
         if not result.task.candidates:
-            skipped.append(f"{result.folder / name} is left out: {error}")
+            skipped.append(f"{path} is left out: {error}")
             result.answers = None
         return
     if any(abs(found[metric] - result.metrics[metric]) > 1e-6 for metric in result.task.metrics):
-        skipped.append(f"{result.folder / name} is left out: its answers do not give the metrics of summary.json")
+        skipped.append(f"{path} is left out: its answers do not give the metrics of summary.json")
         result.answers = None

@@ -5,31 +5,47 @@ import textwrap
 from collections.abc import Callable
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from evaluation import metrics
 from reporting.comparison import cells
-from reporting.results import Group, Result, rank, row_name
-from reporting.tables import majority
+from reporting.results import Group, Result, rank, task_title
+from reporting.tables import majority_score
 
 GREY = "#7d7d7d"
 COLOURS = ("#3987e5", "#d95926", "#199e70", "#9085e9", "#c98500", "#d55181", "#008300", "#e66767", "#7d7d7d")
 STYLE = {
-    "font.size": 9, "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY,
-    "xtick.color": GREY, "ytick.color": GREY, "axes.facecolor": "none", "figure.facecolor": "none",
-    "savefig.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "lines.linewidth": 1.8,
-    "axes.titlesize": 9.5, "legend.fontsize": 8,
-}  # fmt: skip
-COLLAPSED = 0.95  # share of one label, in two training steps one after the other, that is called a collapse
+    "font.size": 9,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "axes.titlecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "axes.titlesize": 9.5,
+    "legend.fontsize": 8,
+}
+COLLAPSED = 0.95  # share of one label in two consecutive training steps that is called a collapse
 BINS = 10  # of the reliability plot
 WIDEST = 12  # inches of panels side by side
 
 
 def draw(panels: int, fill: Callable, width: float = 3.4, height: float = 2.9) -> bytes:
-    """A PNG of `panels` axes of this size in inches, in lines of at most WIDEST; `fill` gets the list of them."""
+    """A PNG of `panels` axes of this size in inches, side by side up to WIDEST; `fill` gets the list of the axes."""
+    from matplotlib import rc_context  # takes a second, which a report without figures does not need
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = min(panels, max(1, int(WIDEST / width)))
     lines = -(-panels // columns)
     with rc_context(STYLE):
@@ -45,45 +61,50 @@ def draw(panels: int, fill: Callable, width: float = 3.4, height: float = 2.9) -
 
 
 def title(text: str) -> str:
-    """Text in lines that fit above one of several panels."""
+    """Text wrapped to fit above one of several panels."""
     return textwrap.fill(text, 34)
 
 
 def scores(groups: list[Group]) -> bytes | None:
     """Every task's score by method, with its 95% interval; a grey line is the majority class. None for one group."""
-    rows = list(dict.fromkeys(group.row for group in groups))
+    keys = list(dict.fromkeys(group.key for group in groups))
     methods = [method for _, method in sorted({(rank(group), group.method) for group in groups})]
     if len(groups) < 2:
         return None
 
+    def colour(method: str) -> str:
+        return COLOURS[methods.index(method) % len(COLOURS)]
+
+    def fill_task(ax, line: int, same_task: list[Group]) -> None:
+        often = majority_score(same_task, "score")
+        if often is not None:
+            ax.plot([100 * often] * 2, [line - 0.42, line + 0.42], color=GREY, linewidth=2.5, alpha=0.5)
+        for group in same_task:
+            cell = cells(group)["score"]
+            y = line + 0.8 * ((methods.index(group.method) + 0.5) / len(methods) - 0.5)
+            if cell.interval:
+                ends = [100 * end for end in cell.interval]
+                ax.plot(ends, [y, y], color=colour(group.method), linewidth=1.2, alpha=0.7)
+            ax.plot(100 * cell.mean, y, "o", color=colour(group.method), markersize=4.5)
+
     def fill(axes):
         (ax,) = axes
-        for line, row in enumerate(rows):
-            here = [group for group in groups if group.row == row]
-            often = majority(here, "score")
-            if often is not None:
-                ax.plot([100 * often] * 2, [line - 0.42, line + 0.42], color=GREY, linewidth=2.5, alpha=0.5)
-            for group in here:
-                place, cell = methods.index(group.method), cells(group)["score"]
-                y = line + 0.8 * ((place + 0.5) / len(methods) - 0.5)
-                colour = COLOURS[place % len(COLOURS)]
-                if cell.interval:
-                    ax.plot([100 * end for end in cell.interval], [y, y], color=colour, linewidth=1.2, alpha=0.7)
-                ax.plot(100 * cell.mean, y, "o", color=colour, markersize=4.5)
-        ax.set_yticks(range(len(rows)), [row_name(row, rows) for row in rows])
-        ax.set_ylim(len(rows) - 0.45, -0.55)
+        for line, key in enumerate(keys):
+            fill_task(ax, line, [group for group in groups if group.key == key])
+        ax.set_yticks(range(len(keys)), [task_title(key, keys) for key in keys])
+        ax.set_ylim(len(keys) - 0.45, -0.55)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel("score, times 100 (grey: the majority class)")
-        points = [ax.plot([], [], "o", color=COLOURS[i % len(COLOURS)], label=m)[0] for i, m in enumerate(methods)]
+        points = [ax.plot([], [], "o", color=colour(method), label=method)[0] for method in methods]
         ax.figure.legend(handles=points, loc="outside lower left", ncols=3)
 
-    height = 0.9 + len(rows) * (0.2 + 0.11 * len(methods)) + 0.08 * len(methods)
+    height = 0.9 + len(keys) * (0.2 + 0.11 * len(methods)) + 0.08 * len(methods)
     return draw(1, fill, width=8.0, height=height)
 
 
 def mean_and_range(results: list[Result], name: str) -> tuple[list[float], ...]:
-    """Samples seen, and mean, least and greatest value over the runs, at the points that all runs with any have."""
-    curves = [curve for curve in (dict(result.figures(name)) for result in results) if curve]
+    """Samples seen, and mean, minimum and maximum over the runs, at the points that all runs with a curve have."""
+    curves = [curve for curve in (dict(result.curve(name)) for result in results) if curve]
     shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     values = [[curve[x] for curve in curves] for x in shared]
     return shared, [float(np.mean(v)) for v in values], [min(v) for v in values], [max(v) for v in values]
@@ -103,20 +124,11 @@ def learning_curves(groups: list[Group]) -> bytes | None:
 
     def fill(axes):
         for ax, name in zip(axes, names):
-            seen = [max(x) for x, *_ in curves[name].values()]
             for method, (x, mean, low, high) in curves[name].items():
                 colour = COLOURS[methods.index(method) % len(COLOURS)]
                 ax.plot(x, mean, color=colour, label=method, marker="o" if len(x) < 12 else None, markersize=3.5)
                 ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
-            ax.set_xlabel("training samples seen")
-            if max(seen) > 8 * min(seen):
-                start = min(seen) / 8  # the scale is linear up to here, logarithmic beyond
-                ax.set_xscale("symlog", linthresh=start)
-                ax.set_xlim(left=0)
-                powers = [10**k for k in range(9) if start <= 10**k < max(seen)]
-                ax.set_xticks([0, *powers], ["0", *(f"{power:,}" for power in powers)])
-                ax.minorticks_off()
-                ax.set_xlabel("training samples seen (logarithmic)")
+            scale_samples(ax, [max(x) for x, *_ in curves[name].values()])
             ax.set_title(shown[name])
         lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
         axes[0].figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=len(names))
@@ -124,8 +136,22 @@ def learning_curves(groups: list[Group]) -> bytes | None:
     return draw(len(names), fill, width=4.6, height=3.2 + 0.1 * len(methods))
 
 
+def scale_samples(ax, seen: list[float]) -> None:
+    """Label the axis of samples seen, and make it logarithmic if one curve is much longer than another."""
+    ax.set_xlabel("training samples seen")
+    if max(seen) <= 8 * min(seen):
+        return
+    start = min(seen) / 8  # the scale is linear up to here, logarithmic beyond
+    ax.set_xscale("symlog", linthresh=start)
+    ax.set_xlim(left=0)
+    powers = [10**k for k in range(9) if start <= 10**k < max(seen)]
+    ax.set_xticks([0, *powers], ["0", *(f"{power:,}" for power in powers)])
+    ax.minorticks_off()
+    ax.set_xlabel("training samples seen (logarithmic)")
+
+
 def confusion(groups: list[Group]) -> bytes | None:
-    """Gold by predicted labels, each gold label's row as shares, the counts summed over the runs."""
+    """Gold by predicted label: the shares of each gold label, and the counts summed over the runs."""
     tables = []
     for group in groups:
         counts = [counts for counts in map(confusion_counts, group.results) if counts is not None]
@@ -157,43 +183,43 @@ def confusion(groups: list[Group]) -> bytes | None:
 
 
 def confusion_counts(result: Result) -> np.ndarray | None:
-    """(classes, classes + 1) counts of one result; None where it has no classes or is not known."""
+    """(classes, classes + 1) counts of one result; None if there are no classes, or no counts."""
     if result.task.number or not result.task.labels:
         return None
     if result.answers is not None:
-        rows, labels, _ = result.answered()
+        rows, labels, _ = result.answered_rows()
         return metrics.confusion_counts(result.task, rows, labels)
     stored = result.details.get("confusion")
     return None if stored is None else np.array(stored)
 
 
 def reliability_points(results: list[Result]) -> tuple[np.ndarray, np.ndarray, np.ndarray, float] | None:
-    """Mean probability of the predicted label, accuracy and count in each of BINS bins that has rows, and the expected
-    calibration error (https://arxiv.org/abs/1706.04599), of all the results' rows together.
+    """Mean probability of the predicted label, accuracy and count of every non-empty bin (of BINS), and the expected
+    calibration error (https://arxiv.org/abs/1706.04599), over the rows of all results.
 
-    Only of tasks with two labels: the file holds the probability of the last one. None where there is no probability.
+    Only for tasks with two labels: the file holds the probability of the last one. None if there are no probabilities.
     """
-    sure, right = [], []
+    probabilities, right = [], []
     for result in results:
         if result.answers is None or len(result.task.labels) != 2:
             return None
         for line in result.answers:
             if "probability_of_last_label" in line and line["label"] is not None:
                 last = line["probability_of_last_label"]
-                sure.append(last if line["label"] == result.task.labels[-1] else 1 - last)
+                probabilities.append(last if line["label"] == result.task.labels[-1] else 1 - last)
                 right.append(line["label"] == line["gold"])
-    if not sure:
+    if not probabilities:
         return None
-    sure_of, correct = np.array(sure), np.array(right, dtype=float)
-    place = np.minimum((sure_of * BINS).astype(int), BINS - 1)
-    count = np.bincount(place, minlength=BINS)
+    predicted, correct = np.array(probabilities), np.array(right, dtype=float)
+    bins = np.minimum((predicted * BINS).astype(int), BINS - 1)
+    count = np.bincount(bins, minlength=BINS)
     kept = count > 0
-    confidence, accuracy = (np.bincount(place, v, BINS)[kept] / count[kept] for v in (sure_of, correct))
+    confidence, accuracy = (np.bincount(bins, v, BINS)[kept] / count[kept] for v in (predicted, correct))
     return confidence, accuracy, count[kept], float(np.sum(count[kept] * abs(confidence - accuracy)) / count.sum())
 
 
 def reliability(groups: list[Group]) -> bytes | None:
-    """Accuracy by the probability of the label that was answered; the dotted line is perfect calibration."""
+    """Accuracy by the probability of the predicted label; the dotted line is perfect calibration."""
     points = [(group, found) for group in groups if (found := reliability_points(group.results)) is not None]
     if not points:
         return None
@@ -214,7 +240,7 @@ def reliability(groups: list[Group]) -> bytes | None:
 
 
 def collapsed(history: list[dict]) -> bool:
-    """Whether in two training steps one after the other one label had nearly all answers."""
+    """Whether one label had nearly all answers in two consecutive training steps."""
     most = [max(shares.values()) >= COLLAPSED for line in history if (shares := label_shares(line))]
     return any(a and b for a, b in zip(most, most[1:]))
 
@@ -225,7 +251,7 @@ def label_shares(line: dict) -> dict[str, float]:
 
 
 def label_share_plot(runs: list[tuple[str, list[dict]]]) -> bytes | None:
-    """The share of each label (of many the six largest) over the training steps of runs, given as (name, history)."""
+    """The share of each label (at most the six largest) by training step; runs are given as (name, history)."""
     if not runs:
         return None
 

@@ -1,4 +1,4 @@
-"""report.html: one file with its pictures inside, for light and dark screens, wide and narrow; no script in it."""
+"""report.html: one file that embeds its pictures, for light and dark, wide and narrow screens; it has no script."""
 
 import base64
 import html
@@ -6,7 +6,7 @@ import re
 
 from reporting import comparison, figures, tables
 from reporting.comparison import Changes
-from reporting.results import Collection, Group, row_name
+from reporting.results import SFT, ZERO_SHOT, Collection, Group, TaskKey, task_title
 from reporting.tables import Table
 
 SHOWN = 20  # changed rows of each kind that are listed
@@ -32,40 +32,36 @@ summary { cursor: pointer; } ul { padding-left: 1.2rem; } li { overflow-wrap: an
 """
 CAPTIONS = {
     "curves": "Learning curves: the line is the mean over the runs, the band goes from the lowest to the highest run.",
-    "confusion": "Gold labels (lines) by answers (columns): share of the gold label's rows, and the count.",
-    "reliability": "Reliability: accuracy of the answers given with a probability, in ten bins; a larger point has "
-    "more rows, and on the dotted line a probability is what it says. The calibration error is the mean distance from "
-    "that line.",
+    "confusion": "Gold labels (rows) by answers (columns): share of the gold label's rows, and the count.",
+    "reliability": "Reliability: accuracy of the answers by their probability, in ten bins; a larger point has more "
+    "rows, and the dotted line is perfect calibration. The calibration error is the mean distance from that line.",
 }
 
 
 def file_name(text: str) -> str:
-    """What of a text may stand in a file's name."""
+    """A text with what a file's name must not contain replaced."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", text)
 
 
-def pictures(found: Collection) -> dict[str, tuple[tuple | str | None, str, bytes]]:
-    """Every figure that the runs give, by file name: its line of the table, its caption and its PNG.
+def pictures(found: Collection) -> dict[str, tuple[TaskKey | str | None, str, bytes]]:
+    """Every figure that the runs give, by file name: what it shows, its caption and its PNG.
 
-    What shows all tasks of a model has the model's name in place of a line, what shows all runs None.
+    It shows one task (its key), all tasks of a model (the model's name), or all runs (None).
     """
-    made: dict[str, tuple[tuple | str | None, str, bytes]] = {}
+    made: dict[str, tuple[TaskKey | str | None, str, bytes]] = {}
     for model in tables.models_of(found.groups):
-        picture = figures.scores([group for group in found.groups if group.row[0] == model])
+        picture = figures.scores([group for group in found.groups if group.key.model == model])
         if picture:
             name = f"figure-00-{file_name(model)}-scores.png"
             made[name] = (model, f"Scores of {model} with 95% bootstrap intervals.", picture)
-    rows = list(dict.fromkeys(group.row for group in found.groups))
-    for number, row in enumerate(rows, 1):
-        groups = [group for group in found.groups if group.row == row]
-        kinds = {"curves": figures.learning_curves, "confusion": figures.confusion, "reliability": figures.reliability}
+    kinds = {"curves": figures.learning_curves, "confusion": figures.confusion, "reliability": figures.reliability}
+    for number, key in enumerate(dict.fromkeys(group.key for group in found.groups), 1):
+        groups = [group for group in found.groups if group.key == key]
         for kind, make in kinds.items():
             picture = make(groups)
             if picture:
-                name = f"figure-{number:02}-{file_name(row[1])}-{kind}.png"
-                made[name] = (row, CAPTIONS[kind], picture)
-    fallen = [(name, history) for name, history in found.training if figures.collapsed(history)]
-    picture = figures.label_share_plot(fallen)
+                made[f"figure-{number:02}-{file_name(key.task)}-{kind}.png"] = (key, CAPTIONS[kind], picture)
+    picture = figures.label_share_plot([(name, lines) for name, lines in found.training if figures.collapsed(lines)])
     if picture:
         made["figure-collapsed-runs.png"] = (None, "Share of each label among the answers in training.", picture)
     return made
@@ -74,32 +70,19 @@ def pictures(found: Collection) -> dict[str, tuple[tuple | str | None, str, byte
 def page(found: Collection, shown: list[Table], made: dict[str, tuple]) -> str:
     """The whole page. shown: the tables at its head; made: what `pictures` gives."""
     groups = found.groups
-    rows = list(dict.fromkeys(group.row for group in groups))
+    keys = list(dict.fromkeys(group.key for group in groups))
     head = f"{count(found.finished, 'finished run')}, {count(len(found.unfinished), 'unfinished run')}"
-    parts = [f"<h1>Results</h1><p>{head}, {count(len(rows), 'task')} with scores.</p>"]
+    parts = [f"<h1>Results</h1><p>{head}, {count(len(keys), 'task')} with scores.</p>"]
     parts.append(f"<p class=note>{html.escape(tables.READING)}</p>")
     if not groups:
         parts.append("<p>No finished run has a score yet.</p>")
-    parts += [figure(caption, picture) for row, caption, picture in made.values() if isinstance(row, str)]
-    for table in shown:
-        parts.append(f"<h2>{html.escape(table.title)}</h2>{tables.to_html(table)}")
-    for row in rows:
-        here = [group for group in groups if group.row == row]
-        model = f", {row[0]}" if len({r[0] for r in rows}) > 1 else ""
-        parts.append(f"<h2>{html.escape(row_name(row, rows) + model)}</h2>")
-        if here[0].first.task.note:
-            parts.append(f"<p class=note>{html.escape(here[0].first.task.note)}</p>")
-        parts += [figure(*made[name][1:]) for name in made if made[name][0] == row]
-        parts += changed(here)
-    parts.append("<h2>Collapse</h2>")
-    fallen = [figure(caption, picture) for row, caption, picture in made.values() if row is None]
-    rule = f"one label with at least {figures.COLLAPSED:.0%} of the answers in two training steps one after the other"
-    parts += fallen or [f"<p>In no training run had {rule}.</p>"]
-    if fallen:
-        parts.append(f"<p class=note>A run is shown here where it had {rule}.</p>")
-    runs = tables.run_table(found)
-    parts.append(f"<h2>{html.escape(runs.title)}</h2>{tables.to_html(runs)}")
-    parts += listed("Unfinished runs", [f"{place}: {left}" for place, left in found.unfinished])
+    parts += [figure(caption, picture) for about, caption, picture in made.values() if isinstance(about, str)]
+    parts += [section(table) for table in shown]
+    for key in keys:
+        parts += task_section(key, keys, [group for group in groups if group.key == key], made)
+    parts += collapse_section([(caption, picture) for about, caption, picture in made.values() if about is None])
+    parts.append(section(tables.run_table(found)))
+    parts += listed("Unfinished runs", [f"{run}: {left}" for run, left in found.unfinished])
     parts += listed("Left out", found.skipped)
     body = "\n".join(parts)
     return (
@@ -107,6 +90,29 @@ def page(found: Collection, shown: list[Table], made: dict[str, tuple]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Results</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def section(table: Table) -> str:
+    return f"<h2>{html.escape(table.title)}</h2>{tables.to_html(table)}"
+
+
+def task_section(key: TaskKey, keys: list[TaskKey], groups: list[Group], made: dict[str, tuple]) -> list[str]:
+    """One task's figures and the rows that changed."""
+    model = f", {key.model}" if len({other.model for other in keys}) > 1 else ""
+    parts = [f"<h2>{html.escape(task_title(key, keys) + model)}</h2>"]
+    if groups[0].first.task.note:
+        parts.append(f"<p class=note>{html.escape(groups[0].first.task.note)}</p>")
+    parts += [figure(caption, picture) for about, caption, picture in made.values() if about == key]
+    return parts + changed(groups)
+
+
+def collapse_section(collapsed: list[tuple[str, bytes]]) -> list[str]:
+    """Figures, with their captions, of the runs that collapsed."""
+    rule = f"one label with at least {figures.COLLAPSED:.0%} of the answers in two consecutive training steps"
+    if not collapsed:
+        return ["<h2>Collapse</h2>", f"<p>No training run had {rule}.</p>"]
+    shown = [figure(caption, picture) for caption, picture in collapsed]
+    return ["<h2>Collapse</h2>", *shown, f"<p class=note>A run is shown here if it had {rule}.</p>"]
 
 
 def count(number: int, thing: str) -> str:
@@ -120,7 +126,7 @@ def listed(title: str, lines: list[str]) -> list[str]:
 
 
 def figure(caption: str, picture: bytes) -> str:
-    """A PNG inside the page, in its own size: what is too wide for a phone is moved sideways."""
+    """A PNG inside the page, in its own size: what is too wide for a phone scrolls sideways."""
     data, width = base64.b64encode(picture).decode(), int.from_bytes(picture[16:20], "big") * 7 // 10
     text = html.escape(caption)
     return (
@@ -130,28 +136,28 @@ def figure(caption: str, picture: bytes) -> str:
 
 
 def changed(groups: list[Group]) -> list[str]:
-    """Which rows PPO fixed and which it broke, against zero-shot and against SFT, in parts that can be unfolded."""
+    """Which rows PPO fixed and which it broke against zero-shot and SFT, in parts that unfold."""
     parts = []
     for method, baseline in comparison.pairs(groups):
-        if not baseline.first.kind.startswith(("zero-shot", "SFT")):
+        if not baseline.first.kind.startswith((ZERO_SHOT, SFT)):
             continue
         found = comparison.changes(method, baseline)
         if found is None:
             continue
         number = found.result.task.number
-        words = ("came closer", "went farther away") if number else ("fixed", "broken")
+        words = ("came closer", "moved away") if number else ("fixed", "broken")
         parts.append(f"<h3>{html.escape(f'{method.method} against {baseline.method}')}</h3>")
         parts.append(
             f"<p>Of {found.rows} rows {len(found.fixed)} {words[0]}, {len(found.broken)} {words[1]} "
-            f"({html.escape(found.result.place)} against {html.escape(found.baseline.place)}).</p>"
+            f"({html.escape(found.result.run)} against {html.escape(found.baseline.run)}).</p>"
         )
         parts += [changed_rows(word, lines, found) for word, lines in zip(words, (found.fixed, found.broken)) if lines]
     return parts
 
 
 def changed_rows(word: str, lines: list[tuple[dict, dict]], found: Changes) -> str:
-    """The first of the changed rows, as a table that is folded up."""
-    header = ["prompt, its end", "gold", f"answer, {found.baseline.kind}", f"answer, {found.result.kind}"]
+    """The first of the changed rows, as a folded table."""
+    header = ["prompt (its end)", "gold", f"answer, {found.baseline.kind}", f"answer, {found.result.kind}"]
     rows = []
     for before, after in lines[:SHOWN]:
         prompt = after["prompt"] if len(after["prompt"]) <= PROMPT_SHOWN else "…" + after["prompt"][-PROMPT_SHOWN:]
@@ -164,6 +170,6 @@ def changed_rows(word: str, lines: list[tuple[dict, dict]], found: Changes) -> s
 
 
 def said(line: dict) -> str:
-    """An answer's text, and its label where the text is another."""
+    """An answer's text, and its label if that differs from the text."""
     label = "invalid" if line["label"] is None else str(line["label"])
     return line["answer"] if line["answer"].strip() == label else f"{line['answer']}\n({label})"

@@ -9,21 +9,35 @@ from dataclasses import dataclass
 import numpy as np
 
 import tasks
-from reporting.comparison import Cell, Comparison, cells, suite_means
-from reporting.results import START, Collection, Group, rank, row_name
+from evaluation import metrics
+from reporting.comparison import Cell, Comparison, cells
+from reporting.results import START, Collection, Group, rank, task_title
 
 NONE = "–"
 READING = (
-    "All figures are times 100. Of each method: the mean over its runs, in brackets the 95% bootstrap interval over "
-    "the rows, and of several runs (seeds) in parentheses the lowest and the highest and how many there are. They "
-    "belong to the last evaluation of a run; where best/ is asked again, the rows that chose it flatter it. Where a "
-    "task has no line for the invalid rate, every answer of every method was valid."
+    "All figures are times 100. Each method has its mean over the runs, in brackets the 95% bootstrap interval over "
+    "the rows, and for several runs (seeds) in parentheses the lowest, the highest and their number. All are of a "
+    "run's last evaluation; best/ asked again on the rows that it was chosen by is biased upwards. If a task has no "
+    "line for the invalid rate, every answer of every method was valid."
 )
 LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "–": "--", "−": "$-$", "·": r"$\cdot$",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "–": "--",
+    "−": "$-$",
+    "·": r"$\cdot$",
+}
 
 
 @dataclass
@@ -46,75 +60,80 @@ def cell_text(cell: Cell | None) -> str:
     return text
 
 
-def majority(groups: list[Group], metric: str) -> float | None:
-    """A metric of answering always with the majority's label, from the first run of the row that knows it."""
+def majority_score(groups: list[Group], metric: str) -> float | None:
+    """A metric of always answering the majority label, from the first result that knows it."""
     known = (result.details.get("majority", {}).get(metric) for group in groups for result in group.results)
     return next((value for value in known if value is not None), None)
 
 
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
 def models_of(groups: list[Group]) -> list[str]:
-    return list(dict.fromkeys(group.row[0] for group in groups))
+    return list(dict.fromkeys(group.key.model for group in groups))
 
 
-def results_tables(groups: list[Group]) -> list[Table]:
-    """For each model the official metrics of every task (and their mean, where there are several) by method."""
+def score_tables(groups: list[Group]) -> list[Table]:
+    """For each model the official metrics of every task (and their mean, if there are several) by method."""
     tables = []
     for model in models_of(groups):
-        own = [group for group in groups if group.row[0] == model]
+        own = [group for group in groups if group.key.model == model]
         methods = [method for _, method in sorted({(rank(group), group.method) for group in own})]
-        rows = list(dict.fromkeys(group.row for group in own))
+        keys = list(dict.fromkeys(group.key for group in own))
         table = Table(f"Results of {model}", ["task", "metric", "majority class", *methods], [])
-        for row in rows:
-            here = {group.method: group for group in own if group.row == row}
-            found = {method: cells(group) for method, group in here.items()}
-            metrics = [*next(iter(here.values())).first.task.metrics]
-            for metric in [*metrics, *(["score"] if len(metrics) > 1 else []), "invalid_rate"]:
-                own_cells = [found[m].get(metric) if m in found else None for m in methods]
-                if metric == "invalid_rate" and not any(cell and cell.most for cell in own_cells):
-                    continue  # among the labels alone every answer is valid
-                often = None if metric == "invalid_rate" else majority(list(here.values()), metric)
-                table.rows.append(
-                    [row_name(row, rows), metric.replace("_", " "), NONE if often is None else f"{100 * often:.1f}"]
-                    + [cell_text(cell) for cell in own_cells]
-                )
+        for key in keys:
+            by_method = {group.method: group for group in own if group.key == key}
+            table.rows += task_rows(task_title(key, keys), by_method, methods)
         for suite in tasks.SUITES:
             table.rows += suite_row(suite, own, methods)
         tables.append(table)
     return tables
 
 
+def task_rows(title: str, by_method: dict[str, Group], methods: list[str]) -> list[list[str]]:
+    """A table row for every metric of one task."""
+    groups = list(by_method.values())
+    found = {method: cells(group) for method, group in by_method.items()}
+    names = groups[0].first.task.metrics
+    rows = []
+    for metric in [*names, *(["score"] if len(names) > 1 else []), "invalid_rate"]:
+        own_cells = [found[method].get(metric) if method in found else None for method in methods]
+        if metric == "invalid_rate" and not any(cell and cell.most for cell in own_cells):
+            continue  # among the labels alone every answer is valid
+        often = None if metric == "invalid_rate" else majority_score(groups, metric)
+        rows.append([title, metric.replace("_", " "), percent(often), *map(cell_text, own_cells)])
+    return rows
+
+
 def suite_row(suite: str, groups: list[Group], methods: list[str]) -> list[list[str]]:
-    """The line of a suite: each method's score, or its mean over the tasks that are there; none if none is."""
-    counted = [task for task in tasks.suite(suite) if task.in_suite_score]
-    names = {task.name for task in counted}
-    line = [suite, "suite score", NONE]
+    """The row of a suite: each method's score, or its mean over the tasks that are there; none without any."""
+    counted = [task.name for task in tasks.suite(suite) if task.in_suite_score]
+    row = [suite, "suite score", NONE]
     for method in methods:
         found: dict[str, dict[str, float]] = {}
         for group in groups:
-            if group.method == method and group.row[1] in names and group.row[2] == "validation":
+            if group.method == method and group.key.task in counted and group.key.split == "validation":
                 each = [result.metrics for result in group.results]
-                found[group.row[1]] = {m: float(np.mean([r[m] for r in each])) for m in group.first.task.metrics}
-        if not found:
-            line.append(NONE)
-            continue
-        score, missing = suite_means(found, suite, counted)
-        share = f" (mean of {len(found)} of {len(counted)} tasks)" if missing else ""
-        line.append(f"{100 * score:.1f}{share}")
-    return [line] if any(cell != NONE for cell in line[3:]) else []
+                found[group.key.task] = {m: float(np.mean([r[m] for r in each])) for m in group.first.task.metrics}
+        score, missing = metrics.suite_mean(suite, found)
+        share = f" (mean of {len(counted) - len(missing)} of {len(counted)} tasks)" if missing else ""
+        row.append(f"{percent(score)}{share}" if found else NONE)
+    return [row] if any(cell != NONE for cell in row[3:]) else []
 
 
 def comparison_table(comparisons: list[Comparison]) -> Table:
-    """PPO less each baseline, with p."""
-    rows = [c.row for c in comparisons]
-    several = len({row[0] for row in rows}) > 1
+    """PPO minus each baseline, with p."""
+    keys = [c.key for c in comparisons]
+    several = len({key.model for key in keys}) > 1
     header = [*(["model"] if several else []), "task", "metric", "method", "baseline", "difference", "p", "rows"]
-    table = Table(
-        "PPO against each baseline, on the same rows", header, [],
-        "Paired bootstrap over the rows, of the means over the runs; two-sided p, not corrected for how many "
-        "comparisons there are. Which seeds would have been drawn is not part of the interval.",
-    )  # fmt: skip
+    note = (
+        "Paired bootstrap over the rows, of the means over the runs; two-sided p, not corrected for the number of "
+        "comparisons. The interval does not include the variance between seeds."
+    )
+    table = Table("PPO against each baseline, on the same rows", header, [], note)
     for c in comparisons:
-        start = [*([c.row[0]] if several else []), row_name(c.row, rows), c.metric.replace("_", " ") or "all"]
+        start = [*([c.key.model] if several else []), task_title(c.key, keys), c.metric.replace("_", " ") or "all"]
         start += [c.method, c.baseline]
         if c.reason:
             table.rows.append([*start, f"not comparable: {c.reason}", NONE, NONE])
@@ -126,22 +145,21 @@ def comparison_table(comparisons: list[Comparison]) -> Table:
 
 def cost_table(groups: list[Group]) -> Table:
     """Time, samples and peak memory of every method, means over the runs."""
-    rows = [group.row for group in groups]
-    table = Table(
-        "Cost of each method, means over its runs", ["model", "task", "method", "runs", "seeds", "samples", "time",
-                                                     "peak memory"], [],
-        "Samples are training samples. The time of PPO and SFT is that of training; of the others, that of answering.",
-    )  # fmt: skip
+    keys = [group.key for group in groups]
+    header = ["model", "task", "method", "runs", "seeds", "samples", "time", "peak memory"]
+    note = (
+        "Samples are training samples. Time is that of training for PPO and SFT, and that of answering for the others."
+    )
+    table = Table("Cost of each method, means over its runs", header, [], note)
     for group in groups:
         each = group.results
         seconds = [r.seconds for r in each if r.seconds is not None]
         memory = [r.memory for r in each if r.memory]
-        table.rows.append([
-            group.row[0], row_name(group.row, rows), group.method, str(len(each)),
-            ", ".join(str(r.seed) for r in each), f"{np.mean([r.samples for r in each]):.0f}",
-            time_text(float(np.mean(seconds))) if seconds else NONE,
-            f"{np.mean(memory) / 1e9:.2f} GB" if memory else NONE,
-        ])  # fmt: skip
+        row = [group.key.model, task_title(group.key, keys), group.method, str(len(each))]
+        row += [", ".join(str(r.seed) for r in each), f"{np.mean([r.samples for r in each]):.0f}"]
+        row += [time_text(float(np.mean(seconds))) if seconds else NONE]
+        row += [f"{np.mean(memory) / 1e9:.2f} GB" if memory else NONE]
+        table.rows.append(row)
     return table
 
 
@@ -151,27 +169,22 @@ def time_text(seconds: float) -> str:
 
 
 def run_table(found: Collection) -> Table:
-    """Every finished run, one line for each of its tasks."""
-    table = Table(
-        "All finished runs", ["run", "task", "method", "seed", "score before", "score after", "best score"], [],
+    """Every finished run, a row for each of its tasks."""
+    header = ["run", "task", "method", "seed", "score before", "score after", "best score"]
+    note = (
         "After: the last evaluation, which is what all tables show. Best: the best of several evaluations on the same "
-        "rows, and so better than it would be on others.",
-    )  # fmt: skip
+        "rows, so biased upwards."
+    )
+    table = Table("All finished runs", header, [], note)
     for r in found.results:
-        if r.place.endswith(START):
-            continue
-        moments = (r.before, r.metrics.get("score"), r.best)
-        texts = [NONE if value is None else f"{100 * value:.1f}" for value in moments]
-        table.rows.append([r.place, row_name((r.model, r.task.name, r.split, r.version), []), r.method, str(r.seed)])
-        table.rows[-1] += texts
+        if not r.run.endswith(START):
+            texts = map(percent, (r.before, r.metrics.get("score"), r.best))
+            table.rows.append([r.run, task_title(r.key, []), r.method, str(r.seed), *texts])
     return table
 
 
-# ------------------------------------------------------------------------------------------------------- the forms
-
-
 def markdown(text: str) -> str:
-    """Text for Markdown: what means something to it stands behind a backslash, white space is one space."""
+    """Text for Markdown: special characters are escaped, white space is one space."""
     return re.sub(r"([\\|<>*_`\[\]#])", r"\\\1", " ".join(text.split()))
 
 
@@ -185,7 +198,7 @@ def to_markdown(table: Table) -> str:
 
 
 def latex(text: str) -> str:
-    """Text for LaTeX: every character that means something to it is spelled out, white space is one space."""
+    """Text for LaTeX: special characters are spelled out, white space is one space."""
     return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
 
 
@@ -193,8 +206,8 @@ def to_latex(table: Table) -> str:
     """A table for a paper; needs \\usepackage{booktabs} and, for the braces, nothing else."""
     lines = [r"\begin{table*}", r"\centering\small", rf"\caption{{{latex(table.title)}}}"]
     lines += [rf"\begin{{tabular}}{{{'l' * len(table.header)}}}", r"\toprule"]
-    rows = [" & ".join(latex(cell) for cell in row).replace("[", "{[}").replace("]", "{]}") + r" \\"
-            for row in [table.header, *table.rows]]  # fmt: skip
+    rows = [" & ".join(map(latex, row)).replace("[", "{[}").replace("]", "{]}") for row in [table.header, *table.rows]]
+    rows = [rf"{row} \\" for row in rows]
     return "\n".join([*lines, rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
 
 
@@ -209,21 +222,19 @@ def to_html(table: Table) -> str:
 
 
 def to_csv(groups: list[Group]) -> str:
-    """A line per model, task, metric and method, with what the tables show of it, unrounded but for the last digits."""
+    """A line per model, task, metric and method with what the tables show, to four decimals."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "task", "split", "version", "metric", "method", "mean", "interval_low", "interval_high",
-                     "lowest", "highest", "runs", "seeds", "majority_class"])  # fmt: skip
+    columns = "model task split version metric method mean interval_low interval_high lowest highest runs seeds"
+    writer.writerow([*columns.split(), "majority_class"])
     for group in groups:
-        same_row = [other for other in groups if other.row == group.row]
+        same_task = [other for other in groups if other.key == group.key]
         for metric, cell in cells(group).items():
-            often = None if metric == "invalid_rate" else majority(same_row, metric)
+            often = None if metric == "invalid_rate" else majority_score(same_task, metric)
             values = [cell.mean, *(cell.interval or (None, None)), cell.least, cell.most]
-            model, task, split, version = group.row
-            writer.writerow(
-                [model, task, split, version, metric, group.method, *map(hundredfold, values), len(cell.seeds),
-                 " ".join(map(str, cell.seeds)), hundredfold(often)]
-            )  # fmt: skip
+            seeds = " ".join(map(str, cell.seeds))
+            about = [*group.key, metric, group.method, *map(hundredfold, values)]
+            writer.writerow([*about, len(cell.seeds), seeds, hundredfold(often)])
     return text.getvalue()
 
 

@@ -394,9 +394,9 @@ def test_any_row_fits_and_only_its_passage_is_cut(tokenizers, written, task, use
         return
     assert len(built) <= longest
     assert shortened == (len(prompts.build(task, row, tokenizer, use_CoT, 10**6)[0]) > longest)
-    whole = prompts._fields(task, row, prompts._turn_marks(tokenizer))
+    whole = prompts.row_texts(task, row, prompts.turn_marks(tokenizer))
     gap = "\ue001gap\ue001"
-    outer = prompts._render(task, whole | dict.fromkeys(task.passage, gap), tokenizer, use_CoT, []).split(gap)
+    outer = prompts.render(task, whole | dict.fromkeys(task.passage, gap), tokenizer, use_CoT, []).split(gap)
     kept = split_around(tokenizer.decode(built), outer)
     assert kept is not None
     order = sorted(task.passage, key=lambda name: prompts.WORDINGS[task.name].body.index("{" + name + "}"))
@@ -409,8 +409,8 @@ def test_any_row_fits_and_only_its_passage_is_cut(tokenizers, written, task, use
 @given(TASKS, LAYOUT, st.data())
 def test_any_text_without_marks_is_copied(tokenizers, task, layout, data):
     tokenizer = tokenizers(layout)
-    row, marks = data.draw(rows_of(task)), prompts._turn_marks(tokenizer)
-    fields = prompts._fields(task, row, marks)
+    row, marks = data.draw(rows_of(task)), prompts.turn_marks(tokenizer)
+    fields = prompts.row_texts(task, row, marks)
     for name, text in fields.items():
         assert marks.search(text) is None
         assert text == row[name] or marks.search(row[name])
@@ -441,7 +441,7 @@ def test_rows_of_the_fixtures_have_the_ids_of_their_own_text(tokenizers, task):
             for demonstrations in ([], shots):
                 built, _ = prompts.build_all(task, rows, tokenizer, use_CoT, 10**6, demonstrations)
                 shown = [(shot, prompts.answer_word(task, 0)) for shot in demonstrations]
-                texts = [prompts._render(task, row, tokenizer, use_CoT, shown) for row in rows]
+                texts = [prompts.render(task, row, tokenizer, use_CoT, shown) for row in rows]
                 assert built == tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids, layout
 
 

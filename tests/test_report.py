@@ -108,7 +108,7 @@ def refused(capsys, *options: str) -> str:
 
 def results_table(root: Path) -> dict[tuple[str, str], dict[str, str]]:
     """{(task, metric): {column: text}} of the first table."""
-    table = tables.results_tables(collect.collect(root).groups)[0]
+    table = tables.score_tables(collect.collect(root).groups)[0]
     return {tuple(row[:2]): dict(zip(table.header[2:], row[2:])) for row in table.rows}
 
 
@@ -183,7 +183,7 @@ def test_the_cost_of_a_method(made_up):
 def test_the_start_of_training_is_a_zero_shot_result_unless_there_is_one(made_up):
     (made_up / "zero" / "summary.json").unlink()
     found = {group.method: group for group in collect.collect(made_up).groups}
-    assert [r.place for r in found["zero-shot (labels)"].results] == ["SST/deep/ppo-0 (before training)"]
+    assert [r.run for r in found["zero-shot (labels)"].results] == ["SST/deep/ppo-0 (before training)"]
     assert found["zero-shot (labels)"].first.metrics["accuracy"] == 0.6
     assert comparison.compare(found["PPO (labels, expected)"], found["zero-shot (labels)"])[0].rows == 10
 
@@ -205,7 +205,7 @@ def test_an_adapter_is_named_by_what_trained_it(tmp_path):
     make_run(tmp_path, "more", "ppo", flipped(), from_local=True, policy_gradient="expected", summary={"model": best})
     make_run(tmp_path, "lost", "trained", flipped(1), from_local=True, summary={"model": "elsewhere/best"})
     found = {group.method: group for group in collect.collect(tmp_path).groups}
-    assert {(name, group.row[0]) for name, group in found.items()} == {
+    assert {(name, group.key.model) for name, group in found.items()} == {
         ("SFT (labels)", "tiny"), ("SFT best/ (labels)", "tiny"), ("SFT + PPO (labels, expected)", "tiny"),
         ("trained adapter (labels)", "elsewhere/best"),
     }  # fmt: skip
@@ -290,7 +290,7 @@ def test_rows_are_matched_by_id_in_whatever_order(tmp_path):
     [
         (dict(ids=[*range(9), 77]), "b answers 10 rows, a 10; they share 9"),
         (dict(gold=GOLD[::-1]), "b and a have different gold labels for row 0"),
-        (dict(keep_answers=False), "b holds no usable predictions.jsonl"),
+        (dict(keep_answers=False), "b has no usable predictions.jsonl"),
     ],
 )
 def test_what_is_not_comparable_is_told_with_the_reason(change, reason, tmp_path):
@@ -307,7 +307,7 @@ def test_what_is_not_comparable_is_told_with_the_reason(change, reason, tmp_path
 def test_fixed_and_broken_rows(made_up):
     groups = {group.method: group for group in collect.collect(made_up).groups}
     found = comparison.changes(groups["PPO (labels, expected)"], groups["zero-shot (labels)"])
-    assert found.result.place == "SST/deep/ppo-0"  # of the two, the one with the baseline's seed
+    assert found.result.run == "SST/deep/ppo-0"  # of the two, the one with the baseline's seed
     assert [after["id"] for _, after in found.fixed] == [1, 2, 3] and [b["id"] for b, _ in found.broken] == [9]
     assert [(before["label"], after["label"]) for before, after in found.broken] == [("positive", "negative")]
 
@@ -452,7 +452,7 @@ def test_an_older_report_is_replaced_whole(made_up, tmp_path, capsys):
     (output / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     said = refused(capsys, "--runs", made_up, "--output_dir", output)
-    assert said.endswith(f"--output_dir {output} holds notes.txt, which is no part of a report; give another folder")
+    assert said.endswith(f"--output_dir {output} holds notes.txt, which is not part of a report; give another folder")
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
@@ -480,7 +480,7 @@ def test_no_runs_end_with_one_sentence(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     said = refused(capsys, "--runs", tmp_path / "model", "--output_dir", tmp_path / "report")
     assert f"--runs {tmp_path / 'model'} holds no run" in said
-    assert "is no folder" in refused(capsys, "--runs", tmp_path / "nothing")
+    assert "is not a folder" in refused(capsys, "--runs", tmp_path / "nothing")
     (tmp_path / "file").write_text("")
     said = refused(capsys, "--runs", tmp_path / "model", "--output_dir", tmp_path / "file")
     assert "is a file; give a folder" in said
@@ -490,7 +490,7 @@ def test_no_runs_end_with_one_sentence(tmp_path, capsys):
 
 START = '{"method": "ppo", "task": "SST", "model": "m", "seed": 0, '
 BROKEN = {
-    '{"method": "ppo", ': "is no JSON",
+    '{"method": "ppo", ': "is not JSON",
     "[1, 2]": "has no 'method'",
     '{"method": "ppo", "task": "SST"}': "has no 'model'",
     START + '"metrics": {}, "arguments": {}}': "'after'",
@@ -522,7 +522,7 @@ def test_answers_that_do_not_belong_to_the_summary_are_left_out(made_up):
     path.write_text("".join([*lines[:4], "{oops\n"]))
     assert f"{path} line 5 cannot be read" in collect.collect(made_up).skipped[0]
     path.write_text("".join(lines).replace('"label": "positive"', '"label": "good"'))
-    assert collect.collect(made_up).skipped == [f"{path} is left out: 'good' is no label of SST"]
+    assert collect.collect(made_up).skipped == [f"{path} is left out: 'good' is not a label of SST"]
 
 
 def test_unfinished_runs_are_listed_with_how_far_they_came(made_up):
