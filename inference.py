@@ -156,9 +156,9 @@ def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Pat
     settings = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
     packed, shortened = answering.build_prompts(task, rows, engine.tokenizer, shots, **settings)
     answers = answering.answer(
-        folder, task, rows, packed, engine, arguments.batch_sentence_num, arguments.seed,
+        folder, answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format), rows, packed, engine,
+        arguments.batch_sentence_num, arguments.seed,
         answer_space=arguments.answer_space, max_response_length=arguments.max_response_length,
-        use_CoT=arguments.use_CoT, strict_format=arguments.strict_format,
         temperature=arguments.model_temperature if arguments.do_sample else 0.0,
     )  # fmt: skip
     if not processes.is_main():

@@ -124,7 +124,7 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     run.announce(shortened + shortened_too, how)
 
     # 4. trainer
-    format_ = {"strict_format": arguments.strict_format, "use_CoT": arguments.use_CoT}
+    answer_format = answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format)
     masked = arguments.answer_space == "labels"
     trainer = PPOTrainer(
         model,
@@ -134,7 +134,8 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
             arguments.reward_wrong,
             arguments.reward_invalid,
             arguments.reward_number,
-            **format_,
+            arguments.strict_format,
+            arguments.use_CoT,
         ),
         trainer_config(arguments, run.folder, len(data.train)),
         [{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
@@ -142,13 +143,11 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
         peft_config=models.lora_config(),
         label_words=task.words,
         completion=lambda word: word + rewards.JUDGEMENT_END,
-        stop=answer_spaces.analysis_closed if masked else answer_spaces.stop_rule(task, early=True, **format_),
-        credit=lambda text, ended: rewards.label_length(task, text, ended, **format_),
-        is_correct=lambda text, ended, row: rewards.is_correct(
-            task, rewards.parse(task, text, ended, **format_), row["label"]
-        ),
+        stop=answer_spaces.analysis_closed if masked else answer_format.stop_rule(early=True),
+        credit=answer_format.label_length,
+        is_correct=answer_format.is_correct,
         link=answer_spaces.judgement_link(tokenizer),
-        compute_metrics=training_run.HeldOutEvaluation(arguments, [data], run.folder, **format_),
+        compute_metrics=training_run.HeldOutEvaluation(arguments, [data], run.folder, arguments.strict_format),
         callbacks=run.callbacks,
         on_save=run.save_start_adapter,
     )

@@ -19,6 +19,7 @@ import tasks
 from engine import models
 from engine.loading import load_engine
 from evaluation import predict, scores
+from evaluation.answer_spaces import AnswerFormat
 from evaluation.predictions import Prediction
 from inference import InferenceArguments
 
@@ -40,7 +41,7 @@ def main() -> None:
         ids = engine.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
         found: list[Prediction] = []
         for start in range(0, len(ids), at_once):
-            found += predict.predict(engine, task, ids[start : start + at_once], "score", 1)
+            found += predict.predict(engine, AnswerFormat(task), ids[start : start + at_once], "score", 1)
         return found, [len(prompt) for prompt in ids]
 
     answer(lines[:WARM_UP])

@@ -30,7 +30,8 @@ from transformers.cache_utils import DynamicLayer
 
 from engine import attention, feedforward, lora
 from engine.batches import common_prefix, grouped, micro_batches
-from engine.trees import Answer, LabelTrie, Tree, draw, row_seeds
+from engine.decoding import Sampling
+from engine.trees import Answer, Tree, draw, random_stream
 from machine import memory, processes, sharding
 from machine.errors import ModelError
 
@@ -415,39 +416,30 @@ class Engine:
     def generate(
         self,
         prompts: list[list[int]],
-        stop: Callable[[str], bool],
-        max_new_tokens: int,
-        samples: int = 1,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        first: int = 0,
+        sampling: Sampling,
         keep: bool = False,
         extend: Callable[[list[Tree], list[list[Answer]]], None] | None = None,
     ) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
-        """Answer every prompt `samples` times; temperature 0 is greedy.
+        """Answer every prompt `sampling.samples` times.
 
-        An answer ends at the end-of-sequence token, when `stop(text so far)` says so, or after `max_new_tokens`.
-        Samples of a prompt that agree so far share their forward; a row whose answers have all ended leaves the batch.
+        An answer ends at the end-of-sequence token, by the stop rule, or after `max_new_tokens`. Samples of a prompt
+        that agree so far share their forward; a row whose answers have all ended leaves the batch.
         Returns, per prompt: the tree of all tokens that had to be pushed through the network, the answers, and the
-        states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU; `first`: the number of the
-        first prompt, if other processes answer those before it (see `row_seeds`). keep: see `states`. extend: called
-        with trees and answers when all have ended, it lets the trees grow once more before their states are returned.
+        states (nodes, hidden) at which their tokens were chosen. Sampling draws on the CPU. keep: see `states`. extend:
+        called with trees and answers when all have ended, it lets the trees grow once more before their states are
+        returned.
         """
-        seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else []
-        return self.retry_with_smaller_batches(
-            lambda: self._generate(prompts, stop, max_new_tokens, samples, temperature, seeds, keep, extend)
-        )
+        seeds = sampling.seeds(len(prompts))
+        return self.retry_with_smaller_batches(lambda: self._generate(prompts, sampling, seeds, keep, extend))
 
     @torch.no_grad()
-    def _generate(
-        self, prompts, stop, max_new_tokens: int, samples: int, temperature: float, seeds: list[int], keep: bool, extend
-    ):
+    def _generate(self, prompts, sampling: Sampling, seeds: list[int | None], keep: bool, extend):
         trees = [Tree() for _ in prompts]
-        answers = [[Answer([], [], False, "") for _ in range(samples)] for _ in prompts]
+        answers = [[Answer([], [], False, "") for _ in range(sampling.samples)] for _ in prompts]
         states: list = [None] * len(prompts)
         length = self._prefix_length(prompts)
         # Room for the answers: a decoding row holds its prompt and about as many nodes as tokens are generated.
-        room = min(samples * max_new_tokens, 64)
+        room = min(sampling.samples * sampling.max_new_tokens, 64)
         batches = micro_batches([len(p) - length + room for p in prompts], 4 * self.tokens_per_micro_batch)
         whole = self._whole(batches)
         # The prompts' keys and values can be kept for a graph only as packed rows.
@@ -457,20 +449,18 @@ class Engine:
         for rows in self.lockstep_batches(batches):
             if rows is None:
                 self.dummy_forward()
-                for _ in range(max_new_tokens):
+                for _ in range(sampling.max_new_tokens):
                     if not self._anyone(False):
                         break
                     self.dummy_forward()
                 continue
-            streams = [torch.Generator().manual_seed(seeds[i]) if seeds else None for i in rows]
+            streams = [random_stream(seeds[i]) for i in rows]
             batch_states, grown = self._decode(
                 [prompts[i] for i in rows],
                 [trees[i] for i in rows],
                 [answers[i] for i in rows],
                 prefix,
-                stop,
-                max_new_tokens,
-                temperature,
+                sampling,
                 streams,
                 keeps,
             )
@@ -488,66 +478,7 @@ class Engine:
             states = self._states(prompts, trees, False, keep)
         return trees, answers, states
 
-    @torch.no_grad()
-    def generate_then_classify(
-        self,
-        prompts: list[list[int]],
-        stop: Callable[[str], bool],
-        max_new_tokens: int,
-        samples: int,
-        trie: LabelTrie,
-        words: tuple[str, ...],
-        link: Callable[[Answer], tuple[list[int], str]],
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        first: int = 0,
-        keep: bool = False,
-    ) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
-        """`generate`, and every answer ends with a label chosen among the trie's: its analysis is free, its judgement
-        is masked.
-
-        `link` gives the tokens (and their text) that lead from an answer's text to its label; nobody chooses them, so
-        they are nodes but no actions. max_new_tokens and stop are those of the analysis.
-        """
-        places: list[list[list[int]]] = []  # per prompt and answer the nodes of its label's tree
-
-        def extend(trees: list[Tree], answers: list[list[Answer]]) -> None:
-            places.clear()  # of a time before that memory ran out in
-            for tree, group in zip(trees, answers):
-                places.append([])
-                for answer in group:
-                    node = answer.nodes[-1]
-                    if answer.tokens[-1] != self.tokenizer.eos_token_id:
-                        node = tree.child(node, answer.tokens[-1])
-                    tokens, text = link(answer)
-                    for token in tokens:
-                        node = tree.child(node, token)
-                    where = [node]
-                    for token, parent in zip(trie.tree.tokens[1:], trie.tree.parents[1:]):
-                        where.append(tree.child(where[parent], token))
-                    tree.allowed |= {where[inner]: tokens for inner, tokens in trie.allowed.items()}
-                    places[-1].append(where)
-                    answer.text += text
-
-        trees, answers, states = self.generate(
-            prompts, stop, max_new_tokens, samples, temperature, generator, first, keep=keep, extend=extend
-        )
-        seeds = row_seeds(len(prompts), generator, first) if temperature > 0 else [None] * len(prompts)
-        for group in grouped([sum(wheres, []) for wheres in places]):
-            at_labels = torch.cat([states[i][torch.tensor(places[i])] for i in group])  # (answers, nodes, hidden)
-            logits = self.logits(at_labels, trie.vocabulary)
-            all_log_probs = iter(trie.log_probs(logits, temperature or 1.0).cpu())
-            for i in group:
-                stream = None if seeds[i] is None else torch.Generator().manual_seed(seeds[i])
-                for answer, where, log_probs in zip(answers[i], places[i], all_log_probs):
-                    answer.label, path = trie.choose(log_probs, stream)
-                    answer.nodes += [where[inner] for inner, _ in path]
-                    answer.tokens += [trie.vocabulary[column] for _, column in path]
-                    answer.text += words[answer.label]
-                    answer.ended = True
-        return trees, answers, states
-
-    def _decode(self, prompts, trees, answers, prefix, stop, max_new_tokens, temperature, streams, keep):
+    def _decode(self, prompts, trees, answers, prefix, sampling: Sampling, streams, keep):
         """Grow the trees level by level; all arguments are the rows of one micro-batch. Returns states per row.
 
         keep: and what gives them with gradient, of trees that may have grown since. Steps that grow the trees leave
@@ -571,13 +502,15 @@ class Engine:
         columns: list[dict[int, int]] = [{} for _ in prompts]  # node -> its column in the cache
         fresh: list[list[int]] = [[0] for _ in prompts]  # nodes whose state is known and whose next token is not chosen
         latest = root[:, None]
-        for step in range(max_new_tokens):
-            choices = self._choices([latest[place, : len(fresh[row])] for place, row in enumerate(rows)], temperature)
+        for step in range(sampling.max_new_tokens):
+            choices = self._choices(
+                [latest[place, : len(fresh[row])] for place, row in enumerate(rows)], sampling.temperature
+            )
             new_nodes: list[list[int]] = []
             for choice, row in zip(choices, rows):  # in this order `choices` comes to its end, and frees what it holds
                 where = dict(zip(fresh[row], choice))
-                last = step + 1 == max_new_tokens
-                new_nodes.append(self._choose(trees[row], answers[row], where, streams[row], stop, step, last))
+                last = step + 1 == sampling.max_new_tokens
+                new_nodes.append(self._choose(trees[row], answers[row], where, streams[row], sampling.stop, step, last))
             going = [place for place, new in enumerate(new_nodes) if new]
             if not self._anyone(bool(going)):
                 break

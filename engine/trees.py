@@ -53,6 +53,7 @@ class Answer:
     ended: bool  # by the end-of-sequence token (which `text` leaves out) or by the stop rule
     text: str
     label: int | None = None  # chosen among the labels of a trie, if it was
+    last_label_probability: float | None = None  # where a label is all of the answer
 
 
 class LabelTrie:
@@ -145,12 +146,17 @@ class LabelTrie:
         return self._label[tuple(path)], path
 
 
-def row_seeds(count: int, generator: torch.Generator | None, first: int = 0) -> list[int]:
+def row_seeds(count: int, generator: torch.Generator | None, row_offset: int = 0) -> list[int]:
     """A seed for every row's own stream: neither micro-batches nor processes can then change what is sampled.
 
-    first: the number of the first of these `count` rows among those of all processes.
+    row_offset: the number of the first of these `count` rows among those of all processes.
     """
-    return torch.randint(2**62, (first + count,), generator=generator).tolist()[first:]
+    return torch.randint(2**62, (row_offset + count,), generator=generator).tolist()[row_offset:]
+
+
+def random_stream(seed: int | None) -> torch.Generator | None:
+    """A row's random stream; None, where nothing is sampled, for None."""
+    return None if seed is None else torch.Generator().manual_seed(seed)
 
 
 def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | None) -> list[int]:

@@ -1,5 +1,8 @@
 """What may be answered: the label trie, the targets that SFT learns, and when generation stops."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import prompts
 import rewards
 from engine.trees import Answer, LabelTrie
@@ -7,6 +10,46 @@ from machine.errors import ModelError
 from tasks import Task
 
 ANSWER_SPACES = ("labels", "free", "score")
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How answers to a task are read: `rewards`' functions with the task and these two options.
+
+    use_CoT: an analysis comes before the judgement. strict_format: only the closing tag ends an answer.
+    """
+
+    task: Task
+    use_CoT: bool = False
+    strict_format: bool = False
+
+    @property
+    def _options(self) -> dict[str, bool]:
+        return {"strict_format": self.strict_format, "use_CoT": self.use_CoT}
+
+    def parse(self, text: str, ended: bool = True) -> int | float | None:
+        """The label in a text, None if there is none. ended: the model itself ended the text."""
+        return rewards.parse(self.task, text, ended, **self._options)
+
+    def is_complete(self, text: str) -> bool:
+        """Whether the answer is there, and nothing that follows can change it."""
+        return rewards.is_complete(self.task, text, **self._options)
+
+    def is_hopeless(self, text: str) -> bool:
+        """Whether no continuation of the text can be parsed any more."""
+        return rewards.is_hopeless(self.task, text, **self._options)
+
+    def label_length(self, text: str, ended: bool = True) -> int | None:
+        """Characters of the text up to the end of its label; None where `parse` gives None."""
+        return rewards.label_length(self.task, text, ended, **self._options)
+
+    def is_correct(self, text: str, ended: bool, row: dict) -> bool:
+        """Whether the label in the text is the row's. ValueError if the row has none."""
+        return rewards.is_correct(self.task, self.parse(text, ended), row["label"])
+
+    def stop_rule(self, early: bool = False) -> Callable[[str], bool]:
+        """When generation may stop: the answer is complete, or (`early`, in training) it can never become valid."""
+        return lambda text: self.is_complete(text) or (early and self.is_hopeless(text))
 
 
 def label_trie(task: Task, tokenizer) -> LabelTrie:
@@ -45,24 +88,13 @@ def label_of(task: Task, index: int) -> int | float:
     return float(task.words[index]) if task.number else index
 
 
-def stop_rule(task: Task, use_CoT: bool = False, strict_format: bool = False, early: bool = False):
-    """When to stop generating a free answer: it is complete, or (`early`, in training) it can never parse any more."""
-
-    def stop(text: str) -> bool:
-        return rewards.is_complete(task, text, strict_format=strict_format, use_CoT=use_CoT) or (
-            early and rewards.is_hopeless(task, text, strict_format=strict_format, use_CoT=use_CoT)
-        )
-
-    return stop
-
-
 def analysis_closed(text: str) -> bool:
     """The stop rule of a free analysis whose judgement will be masked."""
     return rewards.ANALYSIS_END in text
 
 
 def judgement_link(tokenizer):
-    """For `Engine.generate_then_classify`: the tokens between an answer's analysis and its label."""
+    """For `generate_then_classify`: the tokens between an answer's analysis and its label."""
 
     def link(answer: Answer) -> tuple[list[int], str]:
         text = ("" if analysis_closed(answer.text) else rewards.ANALYSIS_END) + "\n" + rewards.JUDGEMENT

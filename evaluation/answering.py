@@ -11,6 +11,7 @@ import prompts
 from engine.batches import common_prefix
 from engine.engine import Engine
 from evaluation import predict, predictions
+from evaluation.answer_spaces import AnswerFormat
 from evaluation.predictions import Prediction
 from machine import processes
 from tasks import Task
@@ -38,13 +39,21 @@ def build_prompts(
 
 
 def answer(
-    folder: Path, task: Task, rows: list[dict], prompt_ids: list[array], engine: Engine, batch: int, seed: int, **how
+    folder: Path,
+    answer_format: AnswerFormat,
+    rows: list[dict],
+    prompt_ids: list[array],
+    engine: Engine,
+    batch: int,
+    seed: int,
+    **how,
 ) -> list[Prediction]:
     """The answers to all prompts, also written to predictions.jsonl, which appears only when it is complete.
 
     What an interrupted run left is kept, in whole batches of `batch` rows, and not computed again; each batch has a
     random stream of its own. `how` goes to `predict`. ArgumentError if the folder's answers are to other rows.
     """
+    task = answer_format.task
     final, unfinished = folder / predictions.FILE, folder / predictions.UNFINISHED
     if processes.broadcast_from_main(final.exists):
         return predictions.read(final, task, rows)
@@ -65,7 +74,7 @@ def answer(
             file.truncate(sum(len(line) + 1 for line in kept))
         for start in range(len(answers), len(rows), batch):
             ids = [list(prompt) for prompt in prompt_ids[start : start + batch]]
-            found = predict.predict(engine, task, ids, seed=seed + start, **how)
+            found = predict.predict(engine, answer_format, ids, seed=seed + start, **how)
             texts = engine.tokenizer.batch_decode(ids)
             file.writelines(predictions.encoded_lines(task, rows[start : start + batch], texts, found))
             file.flush()

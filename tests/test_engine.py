@@ -14,7 +14,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, Mixtral
 
 from engine import attention
 from engine.batches import common_prefix, grouped, micro_batches
+from engine.decoding import Sampling
 from engine.engine import Engine
+from engine.judging import generate_then_classify
 from engine.trees import MASKED, Answer, LabelTrie, Tree
 from machine.errors import ModelError
 from machine.memory import asking_tokens, training_tokens
@@ -197,9 +199,8 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(tokenizer, capsys):
         assert error(found, state) < 1e-5
     assert engine.tokens_per_micro_batch < 400 and "Out of memory: going on with" in capsys.readouterr().out
     engine.tokens_per_micro_batch = 400
-    ask = dict(stop=never, max_new_tokens=4, samples=3, temperature=1.0)
-    _, answers, _ = engine.generate(prompts, **ask, generator=torch.Generator().manual_seed(5))
-    _, others, _ = expected.generate(prompts, **ask, generator=torch.Generator().manual_seed(5))
+    _, answers, _ = engine.generate(prompts, Sampling(never, 4, 3, 1.0, torch.Generator().manual_seed(5)))
+    _, others, _ = expected.generate(prompts, Sampling(never, 4, 3, 1.0, torch.Generator().manual_seed(5)))
     assert [[a.tokens for a in group] for group in answers] == [[a.tokens for a in group] for group in others]
     assert engine.tokens_per_micro_batch < 400
 
@@ -355,7 +356,7 @@ def test_states_meet_the_vocabulary_in_groups():
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_answers_equal_those_of_transformers(kind, case, tokenizer):
     model, prompts = with_lora(tiny_model(kind)), PROMPTS[case]
-    trees, answers, states = Engine(model, tokenizer).generate(prompts, never, 8)
+    trees, answers, states = Engine(model, tokenizer).generate(prompts, Sampling(never, 8))
     for prompt, tree, (answer,), state in zip(prompts, trees, answers, states):
         ids = torch.tensor([prompt])
         output = model.generate(
@@ -373,7 +374,7 @@ def test_generation_ends_at_end_of_sequence_and_the_rest_goes_on(tokenizer):
     model, prompts = tiny_model(seed=4), [PREFIX + tokens(f"w{i} Answer:") for i in range(12)]
     with torch.no_grad():  # end-of-sequence is about as probable as any other token
         model.lm_head.weight[EOS] *= 1.6
-    _, answers, _ = Engine(model, tokenizer).generate(prompts, never, 12)
+    _, answers, _ = Engine(model, tokenizer).generate(prompts, Sampling(never, 12))
     lengths = {len(a.tokens) for (a,) in answers}
     assert any(a.ended for (a,) in answers) and len(lengths) > 2
     for prompt, (answer,) in zip(prompts, answers):
@@ -383,7 +384,7 @@ def test_generation_ends_at_end_of_sequence_and_the_rest_goes_on(tokenizer):
 
 def test_the_stop_rule_sees_the_text_and_ends_the_answer(tokenizer):
     engine, prompts = Engine(tiny_model(), tokenizer), PROMPTS["prefix"]
-    _, free, _ = engine.generate(prompts, never, 6)
+    _, free, _ = engine.generate(prompts, Sampling(never, 6))
     wanted = free[0][0].text.split()[2]
     seen = []
 
@@ -391,7 +392,7 @@ def test_the_stop_rule_sees_the_text_and_ends_the_answer(tokenizer):
         seen.append(text)
         return wanted in text.split()
 
-    _, answers, _ = engine.generate(prompts, stop, 6)
+    _, answers, _ = engine.generate(prompts, Sampling(stop, 6))
     assert answers[0][0].ended and answers[0][0].text.split()[-1] == wanted and len(answers[0][0].tokens) <= 3
     assert free[0][0].text.startswith(answers[0][0].text)
     assert answers[0][0].text in seen
@@ -403,7 +404,7 @@ def test_states_of_generation_are_those_of_its_trees(kind, tokenizer):
     """Sampling with several answers per prompt: what the cache gave equals a forward over the finished trees."""
     engine, prompts = Engine(with_lora(tiny_model(kind)), tokenizer), PROMPTS["prefix"]
     generator = torch.Generator().manual_seed(0)
-    trees, answers, states = engine.generate(prompts, never, 5, 6, 1.0, generator)
+    trees, answers, states = engine.generate(prompts, Sampling(never, 5, 6, 1.0, generator))
     assert any(len(tree) > 6 for tree in trees)
     for tree, group in zip(trees, answers):
         for answer in group:
@@ -421,7 +422,7 @@ def test_all_rows_wait_together_for_their_next_tokens(temperature, tokenizer, mo
     to_cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or to_cpu(tensor))
     generator = torch.Generator().manual_seed(0)
-    _, answers, _ = engine.generate(prompts, never, 5, 4 if temperature else 1, temperature, generator)
+    _, answers, _ = engine.generate(prompts, Sampling(never, 5, 4 if temperature else 1, temperature, generator))
     assert len(copies) == max(len(a.tokens) for group in answers for a in group) == 5
 
 
@@ -433,11 +434,9 @@ def test_a_forward_that_is_kept_has_the_gradients_of_a_second_one(kind, case, to
     model, prompts = with_lora(tiny_model(kind)), PROMPTS[case]
     engine = Engine(model, tokenizer)
     engine.check()
-    draws = dict(samples=3, temperature=1.5)
-    seed = lambda: torch.Generator().manual_seed(2)  # noqa: E731
-    stop = lambda text: "w3" in text  # noqa: E731
-    trees, answers, states = engine.generate(prompts, stop, 5, **draws, generator=seed(), keep=True)
-    _, others, without = engine.generate(prompts, stop, 5, **draws, generator=seed())
+    sampling = lambda: Sampling(lambda text: "w3" in text, 5, 3, 1.5, torch.Generator().manual_seed(2))  # noqa: E731
+    trees, answers, states = engine.generate(prompts, sampling(), keep=True)
+    _, others, without = engine.generate(prompts, sampling())
     assert [[a.tokens for a in group] for group in answers] == [[a.tokens for a in group] for group in others]
     torch.manual_seed(3)
     weights = [torch.randn(len(tree), SIZE) for tree in trees]
@@ -467,7 +466,7 @@ def test_a_forward_that_is_kept_has_the_gradients_of_a_second_one(kind, case, to
     everything = sum(len(p) - length + len(tree) for p, tree in zip(prompts, trees))
     for budget in (1, everything - 1, everything):
         engine.tokens_per_micro_batch = budget
-        grown = engine.generate(prompts, stop, 5, **draws, generator=seed(), keep=True)[2]
+        grown = engine.generate(prompts, sampling(), keep=True)[2]
         fits = case == "one row" or budget == everything
         assert all(state.requires_grad == (packed and fits) for state in grown)
         if engine.packed:
@@ -476,7 +475,7 @@ def test_a_forward_that_is_kept_has_the_gradients_of_a_second_one(kind, case, to
 
 def answers_of(engine, prompts, **settings) -> list[list[list[int]]]:
     settings = {"stop": never, "max_new_tokens": 6, **settings}
-    return [[answer.tokens for answer in group] for group in engine.generate(prompts, **settings)[1]]
+    return [[answer.tokens for answer in group] for group in engine.generate(prompts, Sampling(**settings))[1]]
 
 
 @pytest.mark.usefixtures("any_prefix")
@@ -567,7 +566,7 @@ def test_check_falls_back_to_the_plain_forward(kind, tokenizer):
             if sequence[-1] == EOS:
                 break
         assert found == sequence[len(prompt) :]
-    trees, answers, states = engine.generate(prompts, never, 4, 3, 1.0, torch.Generator().manual_seed(0))
+    trees, answers, states = engine.generate(prompts, Sampling(never, 4, 3, 1.0, torch.Generator().manual_seed(0)))
     for found, logits in zip(states, plain_logits(model, prompts, trees)):
         assert error(engine.logits(found), logits) < 1e-4
 
@@ -697,13 +696,13 @@ def test_a_judgement_after_a_free_analysis(kind, tokenizer):
     words = ("no", "not at all", "yes")
     spellings = [tokens(word) for word in words]
     trie = LabelTrie(spellings, EOS)
-    stop, draws = lambda text: "w9" in text, lambda: (3.0, torch.Generator().manual_seed(0))
-    _, analysed, _ = engine.generate(prompts, stop, 5, 8, *draws())
+    sampling = lambda: Sampling(lambda text: "w9" in text, 5, 8, 3.0, torch.Generator().manual_seed(0))  # noqa: E731
+    _, analysed, _ = engine.generate(prompts, sampling())
     analyses = [[(a.text, list(a.tokens), a.ended) for a in group] for group in analysed]
     link = tokens("Answer: w30")
     how = trie, words, lambda a: (link, " Answer: w30 ")
-    assert engine.generate_then_classify([], stop, 5, 8, *how) == ([], [], [])  # a process may have no rows
-    trees, answers, states = engine.generate_then_classify(prompts, stop, 5, 8, *how, *draws())
+    assert generate_then_classify(engine, [], sampling(), *how) == ([], [], [])  # a process may have no rows
+    trees, answers, states = generate_then_classify(engine, prompts, sampling(), *how)
     plain = plain_logits(model, prompts, trees)
     ends = set()
     for tree, group, before, state, logits in zip(trees, answers, analyses, states, plain):
@@ -731,8 +730,12 @@ def test_a_judgement_that_is_kept_has_the_gradients_of_a_second_forward(case, to
     model, prompts = with_lora(tiny_model()), PROMPTS[case]
     engine = Engine(model, tokenizer)
     trie = LabelTrie([tokens("no"), tokens("not at all"), tokens("yes")], EOS)
-    how = lambda text: False, 4, 2, trie, ("no", "not at all", "yes"), lambda a: (tokens("Answer:"), " Answer: ")
-    judged = lambda **more: engine.generate_then_classify(prompts, *how, 1.0, torch.Generator().manual_seed(1), **more)  # noqa: E731
+
+    def judged(**more):
+        sampling = Sampling(never, 4, 2, 1.0, torch.Generator().manual_seed(1))
+        how = trie, ("no", "not at all", "yes"), lambda answer: (tokens("Answer:"), " Answer: ")
+        return generate_then_classify(engine, prompts, sampling, *how, **more)
+
     before = engine.tokens_computed
     trees, answers, states = judged(keep=True)
     at_once = engine.tokens_computed - before

@@ -19,6 +19,7 @@ import tasks
 from engine import models
 from engine.engine import Engine
 from evaluation import leaderboard, metrics, predict, predictions
+from evaluation.answer_spaces import AnswerFormat
 from machine.errors import DataError
 from run.folder import lock
 from tasks import loaders, splits
@@ -150,12 +151,12 @@ class Interrupted:
         self.original, self.calls, self.rows, self.signal = predict.predict, calls, 0, number
         monkeypatch.setattr(predict, "predict", self)
 
-    def __call__(self, engine, task, prompts, **how):
+    def __call__(self, engine, answer_format, prompts, **how):
         if self.calls == 0:
             os.kill(os.getpid(), self.signal)
         self.calls = None if self.calls is None else self.calls - 1
         self.rows += len(prompts)
-        return self.original(engine, task, prompts, **how)
+        return self.original(engine, answer_format, prompts, **how)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_score_is_the_label_with_the_highest_log_likelihood(name, scored):
     task = tasks.get(name)
     rows = loaders.load(task, "train", data_root=FIXTURES)[: 1 if task.number else None]
     built, _ = prompts.build_all(task, rows, tokenizer)
-    found = predict.predict(Engine(model, tokenizer), task, built, "score", 16)
+    found = predict.predict(Engine(model, tokenizer), AnswerFormat(task), built, "score", 16)
     spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in task.words]
     for prompt, prediction in zip(built, found):
         totals = torch.tensor([plain_log_likelihood(model, prompt, spelling) for spelling in spellings])
@@ -258,7 +259,7 @@ def agrees_with_lm_evaluation_harness(model, tokenizer, rows: list[dict], batch_
     spellings = [tokenizer(word, add_special_tokens=False).input_ids for word in task.words]
     asked = [(("", word), prompt, ids) for prompt in built for word, ids in zip(task.words, spellings)]
     totals = torch.tensor([value for value, _ in judge._loglikelihood_tokens(asked)]).view(len(built), -1)
-    found = predict.predict(Engine(model, tokenizer), task, built, "score", 16)
+    found = predict.predict(Engine(model, tokenizer), AnswerFormat(task), built, "score", 16)
     assert [prediction.label for prediction in found] == totals.argmax(-1).tolist()
     probabilities = [prediction.last_label_probability for prediction in found]
     assert probabilities == pytest.approx(totals.softmax(-1)[:, -1].tolist(), abs=1e-4)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 import rewards
 import tasks
 from engine import models
+from engine.decoding import Sampling
 from engine.trees import Answer, Tree
 from machine.errors import TrainingError
 from run.progress import quiet_trainer
@@ -865,7 +866,7 @@ def test_a_toy_task_is_learned(mode, tmp_path):
 
     def accuracy() -> float:
         prompts = [row["prompt_ids"] for row in rows]
-        answers = trainer.engine.generate(prompts, lambda text: True, 1)[1]
+        answers = trainer.engine.generate(prompts, Sampling(lambda text: True, 1))[1]
         if mode != "free":
             states = trainer.engine.states(prompts, [trainer.trie.tree] * len(prompts))
             chosen = [x[0].argmax() for x in trainer.log_distributions(states, [trainer.trie.tree] * len(states))]

@@ -22,8 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from engine.batches import common_prefix, grouped
+from engine.decoding import Sampling
 from engine.engine import Engine
-from engine.trees import MASKED, Answer, LabelTrie, Tree, row_seeds
+from engine.judging import classify, generate_then_classify
+from engine.trees import MASKED, Answer, LabelTrie, Tree
 from machine import processes
 from machine.errors import TrainingError
 from training.objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
@@ -100,7 +102,7 @@ class PPOTrainer(RunTrainer, Trainer):
             label ends); None if it has no label.
         is_correct: `(text, ended, row) -> bool`, for the accuracy that is logged.
         link: with labels and chain of thought, what leads from an analysis to its label (see
-            Engine.generate_then_classify).
+            generate_then_classify).
         compute_metrics: `(engine) -> dict` for evaluation on held-out rows; its `score` decides what is best.
         on_save: called with every checkpoint's folder before it counts as written.
     """
@@ -537,28 +539,15 @@ class PPOTrainer(RunTrainer, Trainer):
         """Trees, sampled answers and states per prompt, in free mode by generation, in labels mode by the trie."""
         args = self.args
         keep = args.num_minibatches == 1  # one update takes all of the rollout
-        if self.trie is None or args.use_CoT:
-            what = prompts, self.stop, args.max_response_length, args.samples_per_prompt
-            draws = args.temperature, self.generator, self.first
-            if self.trie is None:
-                return self.engine.generate(*what, *draws, keep=keep)
-            words = tuple(self.completion(word) for word in self.label_words)
-            return self.engine.generate_then_classify(*what, self.trie, words, self.link, *draws, keep=keep)
-        trees = [self.trie.tree] * len(prompts)
-        states = self.engine.states(prompts, trees, keep=keep)
-        answers = []
-        logits = self.engine.logits(torch.stack(states), self.trie.vocabulary)
-        all_log_probs = self.trie.log_probs(logits, args.temperature).cpu()  # (prompts, nodes, columns)
-        for log_probs, seed in zip(all_log_probs, row_seeds(len(prompts), self.generator, self.first)):
-            stream = torch.Generator().manual_seed(seed)
-            group = []
-            for _ in range(args.samples_per_prompt):
-                label, path = self.trie.choose(log_probs, stream)
-                tokens = [self.trie.vocabulary[column] for _, column in path]
-                text = self.completion(self.label_words[label])
-                group.append(Answer(tokens, [n for n, _ in path], True, text, label))
-            answers.append(group)
-        return trees, answers, states
+        sampling = Sampling(
+            self.stop, args.max_response_length, args.samples_per_prompt, args.temperature, self.generator, self.first
+        )
+        if self.trie is None:
+            return self.engine.generate(prompts, sampling, keep=keep)
+        words = tuple(self.completion(word) for word in self.label_words)
+        if args.use_CoT:
+            return generate_then_classify(self.engine, prompts, sampling, self.trie, words, self.link, keep=keep)
+        return classify(self.engine, prompts, sampling, self.trie, words, keep=keep)
 
     def _credited(self, answer: Answer) -> int:
         """Which of the answer's tokens earns the reward: the one that completes the label, else the last."""

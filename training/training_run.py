@@ -102,8 +102,11 @@ class HeldOutEvaluation:
     invalid_rate. `episodes` holds a few answers of the last call, as a terminal and the dashboards show them.
     """
 
-    def __init__(self, arguments: TrainArguments, data: list[TaskData], folder: Path, **how):
-        """how: arguments of predict.predict beside answer space and length."""
+    def __init__(
+        self, arguments: TrainArguments, data: list[TaskData], folder: Path, strict_format: bool = False, **how
+    ):
+        """strict_format: see AnswerFormat. how: further arguments of predict.predict (temperature, seed)."""
+        self.use_CoT, self.strict_format = arguments.use_CoT, strict_format
         self.answer_space, self.max_response_length = arguments.answer_space, arguments.max_response_length
         self.data, self.folder, self.how = data, folder, how
         self.episodes: list[dict] = []
@@ -112,8 +115,9 @@ class HeldOutEvaluation:
         first, figures = not evaluations(self.folder), {}
         self.episodes.clear()
         for part in self.data:
+            answer_format = answer_spaces.AnswerFormat(part.task, self.use_CoT, self.strict_format)
             found = predict.predict(
-                engine, part.task, part.held_out_prompts, self.answer_space, self.max_response_length, **self.how
+                engine, answer_format, part.held_out_prompts, self.answer_space, self.max_response_length, **self.how
             )
             folder = predictions_folder(part, self.data, self.folder)
             predictions.write(folder, part.task, part.held_out, part.held_out_prompts, found, engine.tokenizer, first)
