@@ -1,13 +1,14 @@
-"""What every measured process shares: its clock, its peak memory, the inputs it reads, the JSON line it ends with.
+"""What every measured process shares: its clock, its peak memory, its inputs, and the JSON line that it ends with.
 
-The baselines run in environments of their own, with other versions of torch and transformers, and start by path, so
-this file imports only what is in all of them, and torch only where it is used.
+The baselines run in environments of their own, with other versions of torch and transformers, and are started by path.
+So this file imports only what all of them have, and libraries only where they are used.
 """
 
 import time
 
-STARTED = time.perf_counter()  # first of all: importing the libraries is part of the wall time
+STARTED = time.perf_counter()  # before all else: importing the libraries is part of the wall time
 
+import argparse  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
 import resource  # noqa: E402
@@ -24,8 +25,8 @@ LORA = {
     "bias": "none",
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-KL_COEF = 0.05  # wherever a KL is paid for
-TOLERANCE = 1e-2  # of logits: above it, a program does not compute the same model
+KL_COEF = 0.05
+TOLERANCE = 1e-2  # of logits: beyond it, a program does not compute the same model
 
 
 class Clock:
@@ -41,7 +42,7 @@ class Clock:
         self.evaluating = 0.0
 
     def evaluated(self, score: float, seconds: float) -> None:
-        """Note an evaluation that has just ended and took so many seconds."""
+        """Record an evaluation that has just ended and took this many seconds."""
         self.evaluating += seconds
         wall = time.perf_counter() - STARTED
         self.evaluations.append(
@@ -55,7 +56,7 @@ class Clock:
         )
 
     def figures(self, samples_per_step: int, warm_up: int = 1) -> dict:
-        """What the JSON line says of the steps; the first `warm_up` of them are not measured."""
+        """The JSON line's figures of the steps, of which the first `warm_up` are not measured."""
         measured = self.steps[warm_up:]
         samples = samples_per_step * len(measured)
         return {
@@ -68,20 +69,48 @@ class Clock:
 
 
 def read_inputs(path: str) -> dict:
-    """What prepare.py wrote: model folder, prompts as token ids, labels, label tokens, and logits to check with."""
+    """What prepare.py wrote: model folder, prompts as token ids, labels, label tokens, and logits to compare with."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def trl_arguments(description: str) -> argparse.Namespace:
+    """The command line of both versions of TRL."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--inputs", required=True)
+    parser.add_argument("--batch", type=int, default=16, help="samples per step")
+    parser.add_argument("--micro_batch", type=int, default=0, help="samples per backward pass; 0: the whole batch")
+    parser.add_argument("--ppo_epochs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--response_length", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--eval_steps", type=int, default=0, help="evaluate every this many steps; 0: never")
+    parser.add_argument("--until", type=float, default=2.0, help="stop at this held-out accuracy")
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.micro_batch = arguments.micro_batch or arguments.batch
+    return arguments
+
+
+def load_tokenizer(inputs: dict, **options):
+    """The tokenizer of the inputs' model."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = f"{inputs['model_folder']}/tokenizer.json"
+    special = {"eos_token": inputs["eos_token"], "pad_token": inputs["pad_token"]}
+    return PreTrainedTokenizerFast(tokenizer_file=file, **special, **options)
 
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held.
 
-    Linux hands the parent's peak down to a new process, so that whoever starts this one must be small.
+    On Linux a new process inherits its parent's peak, so whoever starts this one must be small.
     """
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def emit(figures: dict, packages: tuple[str, ...]) -> None:
-    """End the process's output with one JSON line: the figures, peak memory, threads and versions."""
+    """Print the JSON line that ends a process's output: the figures, peak memory, threads and versions."""
     import torch
 
     line = {
@@ -96,7 +125,7 @@ def emit(figures: dict, packages: tuple[str, ...]) -> None:
 
 def rule_reward() -> Callable[..., list[float]]:
     """The project's reward of MR answers: (completions, label, ended) -> floats; +1 correct, -1 wrong, -3 no answer."""
-    # Only for this import: the project's modules have plain names, which must not stand in a library's way.
+    # Only for this import: the project's modules have plain names, which must not shadow a library's.
     sys.path.append(str(ROOT))
     try:
         import rewards
@@ -107,9 +136,9 @@ def rule_reward() -> Callable[..., list[float]]:
 
 
 def label_logits(causal_lm, prompts: list[list[int]], label_tokens: list[int], batch: int = 16):
-    """(prompts, labels) logits of the labels' first tokens after every prompt, by a plain forward in eval mode.
+    """(prompts, labels) logits of the labels' first tokens after each prompt, by a plain forward pass in eval mode.
 
-    causal_lm: a Llama causal language model of transformers; its blocks may carry adapters.
+    causal_lm: a Llama causal language model of transformers, with or without adapters.
     """
     import torch
 
@@ -136,12 +165,21 @@ def held_out_accuracy(causal_lm, inputs: dict) -> float:
     return sum(guess == label for guess, label in zip(logits.argmax(-1).tolist(), gold)) / len(rows)
 
 
+def timed_accuracy(causal_lm, inputs: dict, clock: Clock) -> float:
+    """`held_out_accuracy`, recorded by the clock."""
+    began = time.perf_counter()
+    score = held_out_accuracy(causal_lm, inputs)
+    clock.evaluated(score, time.perf_counter() - began)
+    print(f"step {len(clock.steps)}: held-out {score:.3f}", file=sys.stderr, flush=True)
+    return score
+
+
 def check_same_model(causal_lm, inputs: dict) -> None:
-    """SystemExit unless this program's model gives the logits that prepare.py noted."""
+    """Raises SystemExit unless this program's model gives the logits that prepare.py recorded."""
     import torch
 
-    noted = torch.tensor(inputs["check_logits"])
-    prompts = [row["ids"] for row in inputs["held_out"][: len(noted)]]
-    difference = float((label_logits(causal_lm, prompts, inputs["label_tokens"]) - noted).abs().max())
+    expected = torch.tensor(inputs["check_logits"])
+    prompts = [row["ids"] for row in inputs["held_out"][: len(expected)]]
+    difference = float((label_logits(causal_lm, prompts, inputs["label_tokens"]) - expected).abs().max())
     if not difference < TOLERANCE:
         raise SystemExit(f"{inputs['model']}: this program's logits differ by {difference:.3g} from the project's")

@@ -1,7 +1,7 @@
-"""What `torch.compile` would bring: a Llama-like model's elementwise work as compiled kernels.
+"""The effect of `torch.compile`: a Llama-like model's elementwise operations as compiled kernels.
 
-Matrix products and attention stay as they are: they are library calls, which a compiler does not make faster, and the
-engine's own functions would break its graphs. It needs a C++ compiler. `ours_ppo.py --compiled` measures with it.
+Matrix products and attention are not compiled: they are library calls, which a compiler does not make faster, and the
+engine's own functions would break the graph. A C++ compiler is needed. `ours_ppo.py --compiled` measures with it.
 """
 
 import torch
@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 
 
 def compile_elementwise() -> None:
-    """From now on RMSNorm, rotary positions, and the activation with its product are compiled in every Llama model."""
+    """Compile RMSNorm, rotary embeddings, and the gated activation of every Llama model from now on."""
     compiled = {"dynamic": True}  # one kernel for all numbers of tokens
 
     @torch.compile(**compiled)

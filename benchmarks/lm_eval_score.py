@@ -3,8 +3,8 @@
     benchmarks/.envs/lm-eval-0.4.13/bin/python benchmarks/lm_eval_score.py --inputs FILE --prompts FILE \\
         --choices negative,positive --batch 16
 
-The task is a YAML file, written beside the prompts. Seconds are those of `simple_evaluate`, tokenization included,
-model loading not; the bootstrap of its error bars is switched off.
+The task is a YAML file, written beside the prompts. Seconds are those of `simple_evaluate`: tokenization is included,
+model loading is not, and the bootstrap of its error bars is switched off.
 """
 
 import common  # first: its clock starts here  # isort: skip
@@ -21,13 +21,13 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 WARM_UP = 2  # prompts
 
 
 def write_task(prompts: Path, choices: list[str]) -> str:
-    """A task folder beside the prompts, and its one task's name."""
+    """Write a task folder beside the prompts. Returns the name of its one task."""
     name = f"mr_{prompts.stem}"
     folder = prompts.parent / name
     folder.mkdir(exist_ok=True)
@@ -51,25 +51,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with prompt and label")
-    parser.add_argument("--choices", required=True, help="the labels' spellings, with commas between them")
+    parser.add_argument("--choices", required=True, help="the labels' spellings, separated by commas")
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
     inputs = common.read_inputs(arguments.inputs)
     name = write_task(arguments.prompts, arguments.choices.split(","))
     with contextlib.redirect_stdout(sys.stderr):
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=f"{inputs['model_folder']}/tokenizer.json",
-            eos_token=inputs["eos_token"],
-            pad_token=inputs["pad_token"],
-        )
+        tokenizer = common.load_tokenizer(inputs)
         model = AutoModelForCausalLM.from_pretrained(inputs["model_folder"], dtype=torch.float32)
         common.check_same_model(model, inputs)
-        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch, max_length=8192)
+        scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch, max_length=8192)
         manager = TaskManager(include_path=str(arguments.prompts.parent / name), include_defaults=False)
         settings = dict(tasks=[name], task_manager=manager, bootstrap_iters=0)
-        simple_evaluate(judge, limit=WARM_UP, **settings)
+        simple_evaluate(scorer, limit=WARM_UP, **settings)
         began = time.perf_counter()
-        results = simple_evaluate(judge, **settings)
+        results = simple_evaluate(scorer, **settings)
         seconds = time.perf_counter() - began
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
     totals = [[float(response[0]) for response in sample["filtered_resps"]] for sample in samples]

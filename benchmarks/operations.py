@@ -1,23 +1,23 @@
-"""Floating-point operations that one PPO step of the project's default form cannot do without.
+"""Floating-point operations that one PPO step in the default setting needs at least.
 
-Counted, as multiplications and additions of matrix products in float32, for every pass (PPO epoch) over a batch:
+Counted, for every pass (PPO epoch) over a batch, are the multiplications and additions of float32 matrix products:
 
     T        tokens: the shared prefix once, and every prompt's own tokens; no padding
     P, L     parameters of the linear layers of all blocks, and of their LoRA parts, r * (inputs + outputs) each; those
-             of the last block's feed-forward layer count for the tokens before an answer only, one per prompt
-    pairs    (query, key) pairs that causal attention looks at: of the prefix p (p + 1) / 2 once, of a prompt with n own
-             tokens n p + n (n + 1) / 2
+             of the last block's feed-forward layer count only for the token before an answer, one per prompt
+    pairs    (query, key) pairs of causal attention: p (p + 1) / 2 once for the prefix of p tokens, n p + n (n + 1) / 2
+             for a prompt with n tokens of its own
 
     blocks      forward 2 P T, gradients of the activations 2 P T (the frozen weights need no gradient)
     LoRA        forward 2 L T, gradients of the activations 2 L T, and of the adapter's weights 2 L T
     attention   forward 4 q pairs per layer (queries times keys, and weights times values; q = heads x head size),
                 backward twice that
-    vocabulary  at the answer's position only, and for the label tokens only: 2 h forward and 2 h backward for each
+    vocabulary  only at the answer's position and only for the label tokens: 2 h forward and 2 h backward for each
 
-Not counted: embeddings, norms, activations, softmax, the optimizer, and the reference's forward on a few prompts, which
-is only logged. A little is counted that could be left out: the first layer's gradients of its input, and the last
-layer's queries before the answer (about 1% together for a model of 30 layers). Labels are taken to be one token long,
-so that an answer adds no token to its prompt.
+Not counted: embeddings, norms, activations, softmax, the optimizer, and the reference's forward pass on a few prompts,
+which is only logged. Two things are counted that could be avoided: the gradients of the first layer's input, and the
+last layer's queries before the answer (together about 1% for a model of 30 layers). Labels are taken to be one token
+long, so an answer adds no token to its prompt.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Network:
-    """The sizes that matter. linears: (inputs, outputs) of every linear layer of one block, its feed-forward layer's
-    at the end."""
+    """The sizes that matter. linears: (inputs, outputs) of every linear layer of one block, the feed-forward layer's
+    last."""
 
     layers: int
     hidden: int
@@ -36,8 +36,8 @@ class Network:
     rank: int
 
     def uses(self, sizes: list[int], tokens: int, read: int) -> int:
-        """How often the parameters of linear layers, so many in each of a block's, are used by so many tokens, of which
-        some are read."""
+        """How often `tokens` tokens use the parameters of all linear layers; only `read` of them need the last block's
+        feed-forward layer. sizes: the parameters of each linear layer of a block."""
         end = sum(sizes[-self.feed_forward :])
         return self.layers * sum(sizes) * tokens - end * (tokens - read)
 
@@ -63,9 +63,8 @@ def training_operations(
 ) -> dict[str, int]:
     """The operations of one step by part, and their `total`.
 
-    lengths: tokens of every prompt of the batch; prefix: how many of them all prompts share at their start.
-    label_tokens: how many tokens are chosen among. passes: PPO epochs. ValueError if a prompt is not longer than the
-    prefix.
+    lengths: tokens of each prompt of the batch; prefix: how many tokens all prompts share at their start;
+    label_tokens: tokens to choose from; passes: PPO epochs. ValueError if a prompt is not longer than the prefix.
     """
     own = [length - prefix for length in lengths]
     if min(own) < 1:

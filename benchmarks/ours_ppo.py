@@ -4,8 +4,7 @@
 
 What follows `--` goes to ppo.py. A step's seconds are those of rollout, updates and optimizer. `--matrix_rate` also
 counts the step's operations and measures the machine's matrix rate. `--whole_answers`: in free mode an answer does not
-end with its label, but as TRL's do, at the end-of-sequence token or the last token there may be. `--compiled`: see
-compiled.py.
+end with its label but, as TRL's, at the end-of-sequence token or the maximum length. `--compiled`: see compiled.py.
 """
 
 from benchmarks import common  # first: its clock starts here  # isort: skip
@@ -33,7 +32,7 @@ TRIES = 10
 
 
 class ClockCallback(TrainerCallback):
-    """Times ppo.py's steps, notes its evaluations, and stops it at an accuracy or a time."""
+    """Times ppo.py's steps, records its evaluations, and stops it at an accuracy or a time limit."""
 
     def __init__(self, inputs: dict | None, until: float, time_limit: float):
         self.clock, self.trainer = common.Clock(), None
@@ -63,7 +62,7 @@ class ClockCallback(TrainerCallback):
 
 
 def matrix_rate() -> dict[str, float]:
-    """Operations per second of torch.mm in float32 by shape, the best of some tries, about a second altogether."""
+    """Operations per second of torch.mm in float32 by shape, the best of TRIES; takes about a second altogether."""
     rates = {}
     for rows, inner, columns in SHAPES:
         a, b = torch.rand(rows, inner), torch.rand(inner, columns)
@@ -76,7 +75,8 @@ def matrix_rate() -> dict[str, float]:
     return rates
 
 
-def main() -> None:
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """This program's arguments, and those of ppo.py."""
     own = sys.argv[1:]
     own, passed = (own[: own.index("--")], own[own.index("--") + 1 :]) if "--" in own else (own, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,21 +86,42 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--until", type=float, default=2.0, help="stop at this held-out accuracy")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
-    arguments = parser.parse_args(own)
-    inputs = common.read_inputs(arguments.inputs) if arguments.inputs else None
-    if arguments.compiled:
-        compile_elementwise()
-    callback = ClockCallback(inputs, arguments.until, arguments.time_limit)
+    return parser.parse_args(own), passed
+
+
+def clock_trainer(callback: ClockCallback, whole_answers: bool) -> None:
+    """From now on ppo.py's trainer has the callback."""
 
     class Clocked(ppo_trainer.PPOTrainer):
         def __init__(self, *positional, callbacks=(), **named):
-            if arguments.whole_answers:
+            if whole_answers:
                 named["stop"] = lambda text: False
             super().__init__(*positional, callbacks=[*callbacks, callback], **named)
             callback.trainer = self
 
     ppo_trainer.PPOTrainer = Clocked
-    # At the start and at the end, as other programs may come and go on the machine.
+
+
+def operations_of_steps(trainer, steps: list[list[list[int]]]) -> list[int]:
+    """The operations of every step, from its prompts."""
+    network = llama(trainer.model.config, common.LORA["r"])
+    labels, passes = len(trainer.label_words), trainer.args.ppo_epochs
+
+    def operations(prompts: list[list[int]]) -> int:
+        lengths = [len(prompt) for prompt in prompts]
+        return training_operations(network, lengths, common_prefix(prompts), labels, passes)["total"]
+
+    return [operations(prompts) for prompts in steps]
+
+
+def main() -> None:
+    arguments, passed = parse()
+    inputs = common.read_inputs(arguments.inputs) if arguments.inputs else None
+    if arguments.compiled:
+        compile_elementwise()
+    callback = ClockCallback(inputs, arguments.until, arguments.time_limit)
+    clock_trainer(callback, arguments.whole_answers)
+    # At the start and at the end, because the load of the machine may change.
     rates = [matrix_rate()] if arguments.matrix_rate else []
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     try:
@@ -110,8 +131,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     trainer = callback.trainer
-    size = trainer.args.per_device_train_batch_size
-    figures = callback.clock.figures(size * trainer.samples_per_prompt)
+    figures = callback.clock.figures(trainer.args.per_device_train_batch_size * trainer.samples_per_prompt)
     lengths = [line["objective/response_length"] for line in lines if "objective/response_length" in line]
     figures["response_tokens"] = sum(lengths) / len(lengths) if lengths else 1.0  # summed over all labels: one token
     shown = [len(prompt) for prompts in callback.prompts for prompt in prompts]
@@ -120,17 +140,7 @@ def main() -> None:
     if arguments.matrix_rate:
         rates.append(matrix_rate())
         figures["matrix_rates"] = {shape: max(rate[shape] for rate in rates) for shape in rates[0]}
-        network = llama(trainer.model.config, common.LORA["r"])
-        figures["operations"] = [
-            training_operations(
-                network,
-                [len(prompt) for prompt in prompts],
-                common_prefix(prompts),
-                len(trainer.label_words),
-                trainer.args.ppo_epochs,
-            )["total"]
-            for prompts in callback.prompts
-        ]
+        figures["operations"] = operations_of_steps(trainer, callback.prompts)
     common.emit(figures, ("torch", "transformers", "peft"))
 
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.ours_score --prompts FILE --choices negative,positive
 
-Seconds are from texts to scored answers, tokenization included, model loading not.
+Seconds run from texts to scored answers: tokenization is included, model loading is not.
 """
 
 from benchmarks import common  # first: its clock starts here  # isort: skip
@@ -29,7 +29,7 @@ WARM_UP = 2  # prompts
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with prompt and label")
-    parser.add_argument("--choices", required=True, help="the labels' spellings, with commas between them")
+    parser.add_argument("--choices", required=True, help="the labels' spellings, separated by commas")
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in arguments.prompts.read_text(encoding="utf-8").splitlines()]
     task = replace(tasks.get("MR"), words=tuple(arguments.choices.split(",")))

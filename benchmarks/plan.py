@@ -1,4 +1,4 @@
-"""What is measured: every benchmark as a list of jobs, a job being the command of one process and what it reads."""
+"""What is measured: every benchmark as a list of jobs. A job is the command of one process and its inputs."""
 
 import json
 from collections.abc import Iterator
@@ -48,19 +48,35 @@ class Plan:
     ours_to_accuracy: tuple[str, ...] = ()
 
 
-# Hardly any work, but every kind of it.
+# As little as possible of every kind of work.
 QUICK = dict(
-    repeats=1, steps=2, batches=(2,), ppo_epochs=(1,), micro_batch=1, share_batches=(2,), growing_batches=(2, 4),
-    prompt_lengths=(128, 192), growing_shots=(0, 1), growing_rows=4, shots=(0, 1), rows=4, rows_with_shots=4,
-    harness_batches=(2,), harness_batches_with_shots=(2,),
-    accuracy_rows=16, accuracy_batch=2, accuracy_steps=1, eval_steps=1, held_out=4,
+    repeats=1,
+    steps=2,
+    batches=(2,),
+    ppo_epochs=(1,),
+    micro_batch=1,
+    share_batches=(2,),
+    growing_batches=(2, 4),
+    prompt_lengths=(128, 192),
+    growing_shots=(0, 1),
+    growing_rows=4,
+    shots=(0, 1),
+    rows=4,
+    rows_with_shots=4,
+    harness_batches=(2,),
+    harness_batches_with_shots=(2,),
+    accuracy_rows=16,
+    accuracy_batch=2,
+    accuracy_steps=1,
+    eval_steps=1,
+    held_out=4,
     ours_to_accuracy=("--max_steps", "1", "--batch_sentence_num", "2"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process to measure. prepare: what must have been written before, as arguments of prepare.py."""
+    """One process to measure. prepare: its inputs, as arguments of prepare.py."""
 
     benchmark: str
     program: str
@@ -73,15 +89,12 @@ class Job:
     repeat: int = 0
 
 
-# ------------------------------------------------------------------------------------------------- what is measured
-
-
 def ours(module: str, *arguments: str) -> tuple[str, ...]:
     return ("-m", f"benchmarks.{module}", *arguments)
 
 
 def training_inputs(seed: int, rows: int, held_out: int = 4) -> tuple[str, tuple[str, ...]]:
-    """The file with MR's rows and prompts, and what prepares it. No more rows than are read: they take memory."""
+    """The file with MR's rows and prompts, and what prepares it; only the rows that are read, as they take memory."""
     path = str(WORK / f"training-seed{seed}-{rows}-rows-{held_out}-held-out.json")
     sizes = ("--seed", str(seed), "--rows", str(rows), "--held_out", str(held_out))
     return path, ("training", path, *sizes)
@@ -153,7 +166,7 @@ def scoring_jobs(plan: Plan) -> Iterator[Job]:
 
 
 def share_jobs(plan: Plan) -> Iterator[Job]:
-    """c: operations per second in training against torch.mm's."""
+    """c: operations per second in training, compared with torch.mm's."""
     seed = plan.seeds[0]
     inputs, prepare = training_inputs(seed, plan.steps * max(plan.share_batches))
     for batch in plan.share_batches:
@@ -166,7 +179,7 @@ def share_jobs(plan: Plan) -> Iterator[Job]:
 
 
 def growth_jobs(plan: Plan) -> Iterator[Job]:
-    """d: this project alone; prompts grow by joining MR's sentences, and the demonstrations are scored, not trained."""
+    """d: only this project. Prompts grow by joining MR's sentences; demonstrations are measured in scoring."""
     seed, data = plan.seeds[0], f"MR, {plan.steps - 1} measured steps after one to warm up"
     common = ("--seed", str(seed), "--max_steps", str(plan.steps), "--eval_size", "2", "--batch_sentence_num")
     for batch in plan.growing_batches:
@@ -189,7 +202,7 @@ def growth_jobs(plan: Plan) -> Iterator[Job]:
 
 
 def accuracy_jobs(plan: Plan) -> Iterator[Job]:
-    """e: training with frequent evaluation, until the highest target; TRL on the first seed, cut by the time limit."""
+    """e: training with frequent evaluation until the highest target; TRL on the first seed, up to the time limit."""
     until = ("--until", str(max(report.TARGETS)))
     data = f"MR, accuracy on {plan.held_out} held-out rows every so many steps"
     for seed in plan.seeds:
@@ -215,7 +228,7 @@ JOBS = {"a": cost_jobs, "b": scoring_jobs, "c": share_jobs, "d": growth_jobs, "e
 
 
 def in_turns(jobs: list[Job], repeats: int) -> list[Job]:
-    """Every group of jobs under the same conditions as often as asked, its programs taking turns (A B A B)."""
+    """Each group of jobs under the same conditions `repeats` times, its programs in turns (A B A B)."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(json.dumps([job.conditions, job.seed]), []).append(job)

@@ -1,4 +1,4 @@
-"""Writes what all programs of a benchmark read, so that they see the same rows, prompts, tokens and model.
+"""Writes the inputs of all programs of a benchmark, so that they see the same rows, prompts, tokens and model.
 
     .venv/bin/python -m benchmarks.prepare training FILE --seed 0 --rows 512 --held_out 400
     .venv/bin/python -m benchmarks.prepare scoring FOLDER --rows 400 --shots 16
@@ -7,8 +7,8 @@
 Several can be written at once, with a `+` between them.
 
 training: MR rows in the order in which ppo.py takes them, with their prompts' token ids, and held-out rows.
-scoring: MR prompts as text, one JSON line each (`prompt`, `label`), with this project's wording and with the short one
-of lm-evaluation-harness's SST-2 task. long: training data in SST's format whose prompts are about so long.
+scoring: MR prompts as text, a JSON line each (`prompt`, `label`), in this project's wording and in the short wording of
+lm-evaluation-harness's SST-2 task. long: training data in SST's format whose prompts have about `--tokens` tokens.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def training(path: Path, seed: int, rows: int, held_out: int) -> None:
     task = tasks.get("MR")
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     train, evaluated = splits.train_and_held_out(task, None, held_out, seed)
-    # Only as many as are read: a file of all rows would take every baseline seconds and memory to load.
+    # Only as many as are read: a file of all rows would cost every baseline seconds and memory.
     chosen = [train[i] for i in islice(StratifiedSampler([row["label"] for row in train], seed), rows)]
 
     def with_ids(some: list[dict]) -> list[dict]:
@@ -55,7 +55,7 @@ def training(path: Path, seed: int, rows: int, held_out: int) -> None:
             "model": models.EMBEDDED,
             "model_folder": str(models.embedded_folder()),
             "eos_token": tokenizer.eos_token,
-            # Not the end-of-sequence token, with which the prompts' turns end: TRL masks every padding token.
+            # Not the end-of-sequence token, which ends the prompts' turns: TRL masks every padding token.
             "pad_token": tokenizer.unk_token,
             "label_tokens": label_tokens,
             "train": with_ids(chosen),
@@ -66,7 +66,7 @@ def training(path: Path, seed: int, rows: int, held_out: int) -> None:
 
 
 def scoring(folder: Path, rows: int, shots: int, seed: int) -> None:
-    """`short.jsonl` and `own.jsonl`: the same rows, the same demonstrations, two wordings."""
+    """`own.jsonl` and `short.jsonl`: the same rows and demonstrations in two wordings."""
     task = tasks.get("MR")
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     train, evaluated = splits.train_and_held_out(task, None, rows, seed)
@@ -83,16 +83,16 @@ def scoring(folder: Path, rows: int, shots: int, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def long(folder: Path, tokens: int) -> None:
-    """train.tsv and dev.tsv with the wording of MR: a sentence is several of MR's, of one label, up to the length."""
+def long_prompts(folder: Path, tokens: int) -> None:
+    """train.tsv and dev.tsv, in which a sentence is several of MR's with one label, joined up to the length."""
     task = tasks.get("SST")
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     train, _ = splits.train_and_held_out(tasks.get("MR"), None, 0, 0)
     around = len(prompts.build(task, {"sentence": "", "label": 0}, tokenizer)[0])
-    made: list[str] = []
+    lines: list[str] = []
     queues = [iter([row["sentence"] for row in train if row["label"] == label]) for label in (0, 1)]
-    while len(made) < LONG_ROWS:
-        label = len(made) % 2
+    while len(lines) < LONG_ROWS:
+        label = len(lines) % 2
         text = ""
         for sentence in queues[label]:
             longer = f"{text} {' '.join(sentence.split())}".strip()
@@ -101,10 +101,10 @@ def long(folder: Path, tokens: int) -> None:
             text = longer
         if not text:
             break
-        made.append(f"{text} \t{label}")
+        lines.append(f"{text} \t{label}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in (("train.tsv", made[:-4]), ("dev.tsv", made[-4:])):
-        (folder / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n", encoding="utf-8")
+    for name, part in (("train.tsv", lines[:-4]), ("dev.tsv", lines[-4:])):
+        (folder / name).write_text("\n".join(["sentence\tlabel", *part]) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def main() -> None:
         elif arguments.what == "scoring":
             scoring(arguments.path, arguments.rows, arguments.shots, arguments.seed)
         else:
-            long(arguments.path, arguments.tokens)
+            long_prompts(arguments.path, arguments.tokens)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""From what the measured processes print to tables in Markdown. Plain data in, text out.
+"""Markdown tables from what the measured processes print. Plain data in, text out.
 
 A record is one process: `benchmark`, `program`, `conditions`, `repeat`, `seed`, `data`, `model`, `machine`, `command`,
-`date` and `busy` (the share of the CPUs that other programs took just before it), and either its figures (`result`) or
-`failed`, why it has none.
+`date` and `busy` (the share of the CPUs that other programs took just before), and either its figures (`result`) or the
+reason why there are none (`failed`).
 """
 
 import json
@@ -40,13 +40,13 @@ def last_json(output: str) -> dict:
 
 
 def key(record: dict) -> str:
-    """What makes two records the same measurement, so that the later one replaces the earlier one: on one processor."""
+    """What makes two records the same measurement on one processor, so that the later replaces the earlier."""
     names = ("benchmark", "program", "conditions", "seed", "repeat")
     return json.dumps([record["machine"]["cpu"], *(record[name] for name in names)])
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """`old` with `new` in the places of the same measurements, and what is new at the end."""
+    """`old` with the same measurements replaced by those of `new`, and all others of `new` at the end."""
     return list({key(record): record for record in [*old, *new]}.values())
 
 
@@ -57,13 +57,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """One value, or the smallest and the largest, with so many significant digits."""
+    """One value, or the minimum and the maximum, to this many significant digits."""
     low, high = (plain(value, digits) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def plain(value: float, digits: int) -> str:
-    """`value` with so many significant digits and no exponent; what stands before the point is never cut."""
+    """`value` to this many significant digits, without an exponent; all digits before the point are kept."""
     before = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     if not before and value:
         before = int(f"{value:e}".split("e")[1]) + 1
@@ -80,32 +80,32 @@ def reached(evaluations: list[dict], target: float) -> dict | None:
 
 
 def seconds_to(target: float, name: str) -> Callable[[list[dict], dict], str]:
-    """A column: the seconds of that name at which the target was reached, for every run."""
+    """A column: the seconds, by this clock, at which each run reached the target."""
 
-    def column(results: list[dict], beside: dict) -> str:
-        moments = [reached(result["evaluations"], target) for result in results]
+    def column(runs: list[dict], beside: dict) -> str:
+        moments = [reached(result["evaluations"], target) for result in runs]
         return ", ".join("not reached" if m is None else f"{m[name]:.0f}" for m in moments)
 
     return column
 
 
 def samples_to(target: float) -> Callable[[list[dict], dict], str]:
-    """A column: the samples after which the target was reached, for every run."""
+    """A column: the samples after which each run reached the target."""
 
-    def column(results: list[dict], beside: dict) -> str:
-        moments = [(reached(r["evaluations"], target), r["samples"] / len(r["step_seconds"])) for r in results]
+    def column(runs: list[dict], beside: dict) -> str:
+        moments = [(reached(r["evaluations"], target), r["samples"] / len(r["step_seconds"])) for r in runs]
         return ", ".join(NOTHING if m is None else f"{m['step'] * size:.0f}" for m, size in moments)
 
     return column
 
 
 def times(name: str, program: str) -> Callable[[list[dict], dict], str]:
-    """A column: how many times this program's mean figure is another's under the same conditions."""
+    """A column: the ratio of this program's mean figure to another's under the same conditions."""
 
-    def column(results: list[dict], beside: dict) -> str:
+    def column(runs: list[dict], beside: dict) -> str:
         if not beside.get(program):
             return NOTHING
-        ratio = mean([r[name] for r in results]) / mean([r[name] for r in beside[program]])
+        ratio = mean([r[name] for r in runs]) / mean([r[name] for r in beside[program]])
         return f"{plain(ratio, 2)} x"
 
     return column
@@ -113,14 +113,14 @@ def times(name: str, program: str) -> Callable[[list[dict], dict], str]:
 
 def of(name: str, digits: int = 3, scale: float = 1.0) -> Callable[[list[dict], dict], str]:
     """A column: a figure of every run, as a spread."""
-    return lambda results, beside: spread([scale * result[name] for result in results], digits)
+    return lambda runs, beside: spread([scale * result[name] for result in runs], digits)
 
 
-def same_answers(results: list[dict], beside: dict) -> str:
-    """A column: the share of prompts that got the same label as this project gives them."""
+def same_answers(runs: list[dict], beside: dict) -> str:
+    """A column: the share of prompts that got the same label as from this project."""
     if not beside.get(SCORING):
         return NOTHING
-    mine, theirs = beside[SCORING][0]["answers"], results[0]["answers"]
+    mine, theirs = beside[SCORING][0]["answers"], runs[0]["answers"]
     return f"{sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(mine):.3f}"
 
 
@@ -138,7 +138,7 @@ MEMORY = {"peak GB": of("peak_memory_bytes", 3, GIGA)}
 COST = {"s per sample": of("seconds_per_sample"), **MEMORY, "prompt tokens": of("prompt_tokens")}
 SCORED = {
     "samples per s": of("samples_per_second"),
-    "s per sample": lambda results, beside: spread([r["seconds"] / r["samples"] for r in results]),
+    "s per sample": lambda runs, beside: spread([r["seconds"] / r["samples"] for r in runs]),
     **MEMORY,
     "prompt tokens": of("prompt_tokens"),
     "accuracy": of("score"),
@@ -152,11 +152,11 @@ COLUMNS: dict[str, dict[str, Callable[[list[dict], dict], str]]] = {
     },
     "b": {**SCORED, "rate, ours = 1": times("samples_per_second", SCORING), "same answers": same_answers},
     "c": {
-        "TFLOP per step": lambda results, beside: spread([1e-12 * mean(r["operations"][1:]) for r in results]),
-        "s per step": lambda results, beside: spread([mean(r["step_seconds"][1:]) for r in results]),
-        "GFLOP per s": lambda results, beside: spread([GIGA * rate(r) for r in results]),
-        "torch.mm, GFLOP per s": lambda results, beside: spread([GIGA * best_rate(r) for r in results]),
-        "share": lambda results, beside: spread([rate(r) / best_rate(r) for r in results], 2),
+        "TFLOP per step": lambda runs, beside: spread([1e-12 * mean(r["operations"][1:]) for r in runs]),
+        "s per step": lambda runs, beside: spread([mean(r["step_seconds"][1:]) for r in runs]),
+        "GFLOP per s": lambda runs, beside: spread([GIGA * rate(r) for r in runs]),
+        "torch.mm, GFLOP per s": lambda runs, beside: spread([GIGA * best_rate(r) for r in runs]),
+        "share": lambda runs, beside: spread([rate(r) / best_rate(r) for r in runs], 2),
     },
     "d": COST,
     "d shots": SCORED,
@@ -167,18 +167,18 @@ COLUMNS: dict[str, dict[str, Callable[[list[dict], dict], str]]] = {
             for shown, name in (("training s", "train_seconds"), ("run s", "run_seconds"), ("wall s", "wall_seconds"))
         },
         **{f"{100 * target:.0f}%: samples": samples_to(target) for target in TARGETS},
-        "best": lambda results, beside: spread([max(m["score"] for m in r["evaluations"]) for r in results]),
-        "samples": lambda results, beside: ", ".join(str(result["samples"]) for result in results),
+        "best": lambda runs, beside: spread([max(m["score"] for m in r["evaluations"]) for r in runs]),
+        "samples": lambda runs, beside: ", ".join(str(result["samples"]) for result in runs),
         **MEMORY,
     },
 }
 
 
 def render(records: list[dict]) -> str:
-    """All tables, each with what it was measured on and the commands that its rows name by number."""
+    """All tables, each with what it was measured on and the commands, which its rows name by number."""
     kinds: dict[tuple, list[dict]] = {}
     for record in records:
-        # Within one benchmark, tables differ by what varies; and two processors have nothing to do with one another.
+        # A benchmark has a table for each set of conditions and each processor.
         kind = record["benchmark"], tuple(record["conditions"]), record["machine"]["cpu"]
         kinds.setdefault(kind, []).append(record)
     parts = []
@@ -203,10 +203,10 @@ def section(title: str, records: list[dict], columns: dict) -> str:
     for record in records:
         rows.setdefault((tuple(record["conditions"].items()), record["seed"], record["program"]), []).append(record)
     # By condition and then by program, each in the order in which it was first measured.
-    places = list(dict.fromkeys(conditions for conditions, _, _ in rows))
+    order = list(dict.fromkeys(conditions for conditions, _, _ in rows))
     commands: list[str] = []
     lines = []
-    for (conditions, seed, program), group in sorted(rows.items(), key=lambda item: places.index(item[0][0])):
+    for (conditions, seed, program), group in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
         beside = {
             other: [record["result"] for record in found if "result" in record]
             for (same, its_seed, other), found in rows.items()

@@ -1,14 +1,14 @@
 """Measures this project and the programs that do the same work, and prints and stores the tables.
 
-    bash benchmarks/run.sh                    all of it: hours
+    bash benchmarks/run.sh                    everything: hours
     bash benchmarks/run.sh a e --seeds 0 1 2  some of it
     bash benchmarks/run.sh --quick            everything with as little work as possible, to see that it runs
     bash benchmarks/run.sh --table            measure nothing: print the tables and write results.md
 
-a: PPO's seconds per sample and memory against TRL. b: scoring against lm-evaluation-harness. c: share of the matrix
-rate. d: growth with batch size, prompt length and demonstrations. e: seconds to an accuracy. Every measurement is a
-process of its own, on the CPU; programs take turns (A B A B). This process stays small: Linux counts the memory of
-the one that starts a process into that process's peak.
+a: PPO's seconds per sample and memory compared with TRL. b: scoring compared with lm-evaluation-harness. c: share of
+the matrix rate. d: growth with batch size, prompt length and demonstrations. e: seconds to an accuracy. Every
+measurement is a process of its own, on the CPU; programs take turns (A B A B). This process stays small: on Linux a new
+process inherits the peak memory of the one that starts it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PROCESS_LIMIT = 4 * 3600  # seconds
 
 
 def machine() -> dict:
-    """What the figures depend on: the processor's name, how many of it, and the memory."""
+    """What the figures depend on: the processor's name, the number of logical CPUs, and the memory."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -45,7 +45,7 @@ def machine() -> dict:
 
 
 def busy(seconds: float = 2.0) -> float | None:
-    """Share of all CPUs' time that other programs take at the moment; None where the system does not say."""
+    """Share of the CPU time that other programs take at the moment; None if the system does not tell."""
     times = []
     for wait in (seconds, 0.0):
         if not Path("/proc/stat").is_file():
@@ -84,9 +84,13 @@ def measure(job: Job, threads: int, log: Path) -> dict:
         try:
             done = subprocess.run(
                 [str(interpreter), *job.command],
-                cwd=ROOT, env=child_environment(threads), stdout=subprocess.PIPE, stderr=errors, text=True,
+                cwd=ROOT,
+                env=child_environment(threads),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
                 timeout=PROCESS_LIMIT,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             return record | {"failed": f"took more than {PROCESS_LIMIT} s"}
     if done.returncode:
@@ -109,7 +113,7 @@ def store(path: Path, records: list[dict]) -> None:
 
 
 def prepare(jobs: list[Job], threads: int) -> None:
-    """Write the inputs and make the environments of all jobs first, so that nothing of it falls between two of them."""
+    """Write the inputs and create the environments of all jobs before the first one is measured."""
     wanted = dict.fromkeys(arguments for job in jobs for arguments in job.prepare)
     if wanted:
         command = [sys.executable, "-m", "benchmarks.prepare"]
@@ -139,53 +143,70 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    arguments = parse()
-    chosen = sorted(set(arguments.benchmarks)) or list(JOBS)
-    names = ("repeats", "steps", "time_limit")
+def chosen_jobs(arguments: argparse.Namespace, chosen: list[str]) -> list[Job]:
+    """The jobs of the chosen benchmarks in the order in which they are measured. SystemExit if there are none."""
     plan = Plan(
         seeds=tuple(arguments.seeds),
+        repeats=arguments.repeats,
+        steps=arguments.steps,
         learning_rates=tuple(arguments.learning_rates),
-        **{name: getattr(arguments, name) for name in names},
+        time_limit=arguments.time_limit,
     )
-    path = RESULTS
     if arguments.quick:
-        plan, path = replace(plan, **QUICK), ROOT / WORK / "results-quick.json"
+        plan = replace(plan, **QUICK)
     jobs = []
     for name in chosen:
-        found = [
-            job for job in JOBS[name](plan)
-            if not arguments.programs or any(part in job.program for part in arguments.programs)
-        ]  # fmt: skip
+        found = list(JOBS[name](plan))
+        if arguments.programs:
+            found = [job for job in found if any(part in job.program for part in arguments.programs)]
         jobs += in_turns(found, plan.repeats if name in "abc" else 1)
     if not jobs:
         raise SystemExit(
-            f"run.py: error: --programs {' '.join(arguments.programs)} fits no program of {' '.join(chosen)}"
+            f"run.py: error: --programs {' '.join(arguments.programs)} matches no program of {' '.join(chosen)}"
         )
+    return jobs
+
+
+def print_commands(jobs: list[Job], threads: int) -> None:
+    for inputs in dict.fromkeys(found for job in jobs for found in job.prepare):
+        print(shlex.join([".venv/bin/python", "-m", "benchmarks.prepare", *inputs]))
+    print("\n".join(shown(job, threads) for job in jobs))
+
+
+def measure_all(jobs: list[Job], threads: int, path: Path, records: list[dict]) -> tuple[list[dict], int]:
+    """Measure and store every job. Returns all records, and how many of the jobs failed."""
+    try:
+        prepare(jobs, threads)
+    except environments.EnvironmentProblem as error:
+        raise SystemExit(f"run.py: error: {error}") from error
+    failed = 0
+    for number, job in enumerate(jobs, 1):
+        record = measure(job, threads, ROOT / WORK / f"{job.benchmark}-{number}.log")
+        said = record.get("failed") or json.dumps(
+            {k: v for k, v in record["result"].items() if k not in ("answers", "versions", "evaluations")}
+        )
+        print(f"[{number}/{len(jobs)}] {job.program} {job.conditions}: {said}", flush=True)
+        failed += "failed" in record
+        records = report.merged(records, [record])
+        store(path, records)
+    return records, failed
+
+
+def main() -> None:
+    arguments = parse()
+    chosen = sorted(set(arguments.benchmarks)) or list(JOBS)
+    jobs = chosen_jobs(arguments, chosen)
     if arguments.list:
-        for inputs in dict.fromkeys(found for job in jobs for found in job.prepare):
-            print(shlex.join([".venv/bin/python", "-m", "benchmarks.prepare", *inputs]))
-        print("\n".join(shown(job, arguments.threads) for job in jobs))
+        print_commands(jobs, arguments.threads)
         return
+    path = ROOT / WORK / "results-quick.json" if arguments.quick else RESULTS
     (ROOT / WORK).mkdir(parents=True, exist_ok=True)
     records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     failed = 0
-    if arguments.table and records:
+    if not arguments.table:
+        records, failed = measure_all(jobs, arguments.threads, path, records)
+    elif records:
         store(path, records)
-    elif not arguments.table:
-        try:
-            prepare(jobs, arguments.threads)
-        except environments.EnvironmentProblem as error:
-            raise SystemExit(f"run.py: error: {error}") from error
-        for number, job in enumerate(jobs, 1):
-            record = measure(job, arguments.threads, ROOT / WORK / f"{job.benchmark}-{number}.log")
-            said = record.get("failed") or json.dumps(
-                {k: v for k, v in record["result"].items() if k not in ("answers", "versions", "evaluations")}
-            )
-            print(f"[{number}/{len(jobs)}] {job.program} {job.conditions}: {said}", flush=True)
-            failed += "failed" in record
-            records = report.merged(records, [record])
-            store(path, records)
     print("\n" + report.render([record for record in records if record["benchmark"] in chosen]))
     print(f"All measurements: {path}; the tables: {path.with_suffix('.md')}")
     if failed:

@@ -7,7 +7,6 @@ A step's seconds are those of generation, reward and PPOTrainer.step.
 
 import common  # first: its clock starts here  # isort: skip
 
-import argparse
 import contextlib
 import sys
 import time
@@ -15,62 +14,42 @@ import warnings
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, set_seed
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 warnings.filterwarnings("ignore")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", required=True)
-    parser.add_argument("--batch", type=int, default=16, help="samples per step")
-    parser.add_argument("--micro_batch", type=int, default=0, help="samples per backward pass; 0: the whole batch")
-    parser.add_argument("--ppo_epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--response_length", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--eval_steps", type=int, default=0, help="evaluate every so many steps; 0: never")
-    parser.add_argument("--until", type=float, default=2.0, help="stop at this held-out accuracy")
-    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    inputs = common.read_inputs(arguments.inputs)
-    rows = inputs["train"]
-    set_seed(arguments.seed)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=f"{inputs['model_folder']}/tokenizer.json",
-        eos_token=inputs["eos_token"],
-        pad_token=inputs["pad_token"],
-    )
+def load_model(inputs: dict) -> AutoModelForCausalLMWithValueHead:
     config = AutoConfig.from_pretrained(inputs["model_folder"])
     # The folder was written by a later transformers, which keeps this value elsewhere.
     config.rope_theta = getattr(config, "rope_parameters", {}).get("rope_theta", config.rope_theta)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+    return AutoModelForCausalLMWithValueHead.from_pretrained(
         inputs["model_folder"],
         config=config,
         torch_dtype=torch.float32,
         peft_config=LoraConfig(**common.LORA, task_type="CAUSAL_LM"),
     )
-    causal_lm = model.pretrained_model.get_base_model()
-    common.check_same_model(causal_lm, inputs)
-    micro_batch = arguments.micro_batch or arguments.batch
-    trainer = PPOTrainer(
-        PPOConfig(
-            batch_size=arguments.batch,
-            mini_batch_size=micro_batch,
-            gradient_accumulation_steps=arguments.batch // micro_batch,
-            ppo_epochs=arguments.ppo_epochs,
-            learning_rate=arguments.learning_rate,
-            init_kl_coef=common.KL_COEF,
-            adap_kl_ctrl=False,
-            lam=1.0,
-            seed=arguments.seed,
-        ),
-        model,
-        ref_model=None,
-        tokenizer=tokenizer,
+
+
+def make_trainer(arguments, model: AutoModelForCausalLMWithValueHead, tokenizer) -> PPOTrainer:
+    config = PPOConfig(
+        batch_size=arguments.batch,
+        mini_batch_size=arguments.micro_batch,
+        gradient_accumulation_steps=arguments.batch // arguments.micro_batch,
+        ppo_epochs=arguments.ppo_epochs,
+        learning_rate=arguments.learning_rate,
+        init_kl_coef=common.KL_COEF,
+        adap_kl_ctrl=False,
+        lam=1.0,
+        seed=arguments.seed,
     )
+    return PPOTrainer(config, model, ref_model=None, tokenizer=tokenizer)
+
+
+def train(trainer: PPOTrainer, arguments, rows: list[dict], clock: common.Clock, evaluate) -> list[int]:
+    """Train until the steps, the accuracy or the time is reached. Returns the responses' lengths."""
+    tokenizer, reward, lengths = trainer.tokenizer, common.rule_reward(), []
     generation = dict(
         max_new_tokens=arguments.response_length,
         do_sample=True,
@@ -80,17 +59,6 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    reward, clock, lengths = common.rule_reward(), common.Clock(), []
-
-    def evaluate() -> float:
-        began = time.perf_counter()
-        score = common.held_out_accuracy(causal_lm, inputs)
-        clock.evaluated(score, time.perf_counter() - began)
-        print(f"step {len(clock.steps)}: held-out {score:.3f}", file=sys.stderr, flush=True)
-        return score
-
-    if arguments.eval_steps:
-        evaluate()
     for step in range(arguments.steps):
         began = time.perf_counter()
         chosen = [rows[(step * arguments.batch + i) % len(rows)] for i in range(arguments.batch)]
@@ -109,6 +77,26 @@ def main() -> None:
             break
         if time.perf_counter() - common.STARTED > arguments.time_limit:
             break
+    return lengths
+
+
+def main() -> None:
+    arguments = common.trl_arguments(__doc__.splitlines()[0])
+    inputs = common.read_inputs(arguments.inputs)
+    rows = inputs["train"]
+    set_seed(arguments.seed)
+    tokenizer = common.load_tokenizer(inputs)
+    model = load_model(inputs)
+    causal_lm = model.pretrained_model.get_base_model()
+    common.check_same_model(causal_lm, inputs)
+    trainer, clock = make_trainer(arguments, model, tokenizer), common.Clock()
+
+    def evaluate() -> float:
+        return common.timed_accuracy(causal_lm, inputs, clock)
+
+    if arguments.eval_steps:
+        evaluate()
+    lengths = train(trainer, arguments, rows, clock, evaluate)
     figures = clock.figures(arguments.batch)
     seen = rows[: len(lengths)]
     figures["response_tokens"] = sum(lengths) / len(lengths)

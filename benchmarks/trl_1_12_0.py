@@ -2,14 +2,13 @@
 
     benchmarks/.envs/trl-1.12.0/bin/python benchmarks/trl_1_12_0.py --inputs FILE --batch 16 --ppo_epochs 4 --steps 3
 
-This trainer has no reward functions: it wants a reward model with a `score` layer on a backbone, and a value model that
-is a network of its own (here the same model with adapters of the same kind). A step's seconds are from the end of one
-step to the end of the next one, evaluations left out.
+This trainer takes no reward functions: it needs a reward model with a `score` layer on a backbone, and a value model
+that is a network of its own (here the same model with the same kind of adapter). A step's seconds run from the end of
+one step to the end of the next, without evaluations.
 """
 
 import common  # first: its clock starts here  # isort: skip
 
-import argparse
 import contextlib
 import shutil
 import sys
@@ -22,13 +21,7 @@ from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback, set_seed
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
@@ -63,7 +56,7 @@ class RuleReward(nn.Module):
 
 
 class Enough(Exception):
-    """Ends a training that looks at no stop signal."""
+    """Ends the training: this trainer ignores `should_training_stop`."""
 
 
 class ClockCallback(TrainerCallback):
@@ -90,71 +83,56 @@ class ClockCallback(TrainerCallback):
         self.began = time.perf_counter()
 
     def evaluate(self) -> float:
-        began = time.perf_counter()
-        score = common.held_out_accuracy(self.causal_lm, self.inputs)
-        self.clock.evaluated(score, time.perf_counter() - began)
-        print(f"step {len(self.clock.steps)}: held-out {score:.3f}", file=sys.stderr, flush=True)
-        return score
+        return common.timed_accuracy(self.causal_lm, self.inputs, self.clock)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", required=True)
-    parser.add_argument("--batch", type=int, default=16, help="samples per step")
-    parser.add_argument("--micro_batch", type=int, default=0, help="samples per backward pass; 0: the whole batch")
-    parser.add_argument("--ppo_epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--response_length", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--eval_steps", type=int, default=0, help="evaluate every so many steps; 0: never")
-    parser.add_argument("--until", type=float, default=2.0, help="stop at this held-out accuracy")
-    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    inputs = common.read_inputs(arguments.inputs)
-    folder = inputs["model_folder"]
-    set_seed(arguments.seed)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=f"{folder}/tokenizer.json",
-        eos_token=inputs["eos_token"],
-        pad_token=inputs["pad_token"],
-        padding_side="left",
+def trainer_config(arguments, output: str) -> PPOConfig:
+    return PPOConfig(
+        output_dir=output,
+        per_device_train_batch_size=arguments.micro_batch,
+        gradient_accumulation_steps=arguments.batch // arguments.micro_batch,
+        num_ppo_epochs=arguments.ppo_epochs,
+        total_episodes=arguments.batch * arguments.steps,
+        local_rollout_forward_batch_size=arguments.batch,
+        response_length=arguments.response_length,
+        stop_token="eos",
+        temperature=1.0,
+        learning_rate=arguments.learning_rate,
+        kl_coef=common.KL_COEF,
+        lam=1.0,
+        num_sample_generations=0,
+        seed=arguments.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
     )
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    common.check_same_model(policy, inputs)
+
+
+def load_value_model(folder: str) -> nn.Module:
     value_model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1)
     value_model = inject_adapter_in_model(LoraConfig(**common.LORA), value_model)
     value_model.score.weight.requires_grad_(True)
-    rows = inputs["train"]
-    total = arguments.batch * arguments.steps
-    ids = [{"input_ids": rows[i % len(rows)]["ids"]} for i in range(total)]
+    return value_model
+
+
+def main() -> None:
+    arguments = common.trl_arguments(__doc__.splitlines()[0])
+    inputs = common.read_inputs(arguments.inputs)
+    folder, rows = inputs["model_folder"], inputs["train"]
+    set_seed(arguments.seed)
+    tokenizer = common.load_tokenizer(inputs, padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    common.check_same_model(policy, inputs)
+    value_model = load_value_model(folder)
+    ids = [{"input_ids": rows[i % len(rows)]["ids"]} for i in range(arguments.batch * arguments.steps)]
     reward = RuleReward(rows, tokenizer, arguments.response_length)
-    micro_batch = arguments.micro_batch or arguments.batch
     output = tempfile.mkdtemp(prefix="benchmark-")
     callback = ClockCallback(arguments, inputs, policy, reward)
     trainer = PPOTrainer(
-        PPOConfig(
-            output_dir=output,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=arguments.batch // micro_batch,
-            num_ppo_epochs=arguments.ppo_epochs,
-            total_episodes=total,
-            local_rollout_forward_batch_size=arguments.batch,
-            response_length=arguments.response_length,
-            stop_token="eos",
-            temperature=1.0,
-            learning_rate=arguments.learning_rate,
-            kl_coef=common.KL_COEF,
-            lam=1.0,
-            num_sample_generations=0,
-            seed=arguments.seed,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
+        trainer_config(arguments, output),
         tokenizer,
         policy,
         None,
@@ -165,7 +143,7 @@ def main() -> None:
         callbacks=[callback],
         peft_config=LoraConfig(**common.LORA, task_type="CAUSAL_LM"),
     )
-    # Its own loader shuffles; the rows are to come in the order of the inputs.
+    # Its own loader shuffles; the rows must come in the order of the inputs.
     trainer.dataloader = DataLoader(trainer.train_dataset, arguments.batch, collate_fn=trainer.data_collator)
     try:
         with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Enough):

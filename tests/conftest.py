@@ -33,9 +33,21 @@ torch.set_num_threads(1)  # more only cost time on models of this size
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 WORDS = (
-    "no", "yes", "maybe", "not", "at", "all", "very", "good", "bad", "red", "blue", "Text:", "Answer:",
+    "no",
+    "yes",
+    "maybe",
+    "not",
+    "at",
+    "all",
+    "very",
+    "good",
+    "bad",
+    "red",
+    "blue",
+    "Text:",
+    "Answer:",
     *(f"w{i}" for i in range(32)),
-)  # fmt: skip
+)
 VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
 PAD, EOS = VOCABULARY["<pad>"], VOCABULARY["<eos>"]
 SIZE = len(VOCABULARY)

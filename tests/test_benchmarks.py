@@ -134,8 +134,18 @@ def test_a_cost_table_compares_programs_under_the_same_conditions():
     text = report.render(records)
     assert "a processor, 2 logical CPUs, 8.0 GB, threads: 2. a model, MR." in text
     assert cells(text, "TRL") == [
-        "TRL", "16", "3.00 to 5.00", "1.50", "122", "2.0", "8.0 x", "16 x", "0.050", "0", "[3]"
-    ]  # fmt: skip
+        "TRL",
+        "16",
+        "3.00 to 5.00",
+        "1.50",
+        "122",
+        "2.0",
+        "8.0 x",
+        "16 x",
+        "0.050",
+        "0",
+        "[3]",
+    ]
     assert "[3] run TRL" in text
     assert "| TRL | 32 | 7.00 | 1.50 | 122 | 2.0 | - | - | 0.050 | 0 | [3] |" in text  # nothing to compare with
 
@@ -199,9 +209,17 @@ def test_growth_has_a_table_for_each_thing_that_grows():
 
 @pytest.mark.parametrize(
     "values, digits, text",
-    [([1.23456], 3, "1.23"), ([0.012345], 3, "0.0123"), ([123.4], 3, "123"), ([1.0, 2.0], 2, "1.0 to 2.0"),
-     ([1.001, 1.002], 3, "1.00"), ([0.0], 2, "0.00"), ([12345.0], 3, "12345"), ([-0.5], 2, "-0.50")],
-)  # fmt: skip
+    [
+        ([1.23456], 3, "1.23"),
+        ([0.012345], 3, "0.0123"),
+        ([123.4], 3, "123"),
+        ([1.0, 2.0], 2, "1.0 to 2.0"),
+        ([1.001, 1.002], 3, "1.00"),
+        ([0.0], 2, "0.00"),
+        ([12345.0], 3, "12345"),
+        ([-0.5], 2, "-0.50"),
+    ],
+)
 def test_spread(values, digits, text):
     assert report.spread(values, digits) == text
 

@@ -192,9 +192,25 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 RAW = st.sampled_from(  # what json.dumps does not write
-    ("NaN", "-Infinity", "1" * 5000, "1e999", '"\\ud800"', '"\\udc00\\ud800"', '"\\u0000"', "[" * 900 + "]" * 900,
-     "[" * 20000, '{"a": 1, "a": 2}', "'x'", "undefined", '"\\x"', "01", "{", "")
-)  # fmt: skip
+    (
+        "NaN",
+        "-Infinity",
+        "1" * 5000,
+        "1e999",
+        '"\\ud800"',
+        '"\\udc00\\ud800"',
+        '"\\u0000"',
+        "[" * 900 + "]" * 900,
+        "[" * 20000,
+        '{"a": 1, "a": 2}',
+        "'x'",
+        "undefined",
+        '"\\x"',
+        "01",
+        "{",
+        "",
+    )
+)
 HERE = "put the raw value here"
 
 
@@ -254,9 +270,11 @@ def test_any_label_set(folder, names, text, continuation, strict):
 
 ANSWERS = st.lists(
     st.sampled_from(("yes", "no", "maybe", "positive", "neg", "ative", "1", "4", "4.", ".5", "12", " ", ".", "-", "_"))
-    | st.sampled_from(TURNS + ODD) | st.text(max_size=3) | HALVES,
+    | st.sampled_from(TURNS + ODD)
+    | st.text(max_size=3)
+    | HALVES,
     max_size=7,
-).map("".join)  # fmt: skip
+).map("".join)
 
 
 def laws(task: Task, text: str, continuation: str, strict: bool, use_CoT: bool) -> None:

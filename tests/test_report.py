@@ -34,10 +34,21 @@ def flipped(*wrong: int) -> list[str]:
 
 
 def make_run(
-    root: Path, place: str, method: str, labels: list, seed: int = 0, gold: list | None = None, before=None,
-    history: list[dict] | None = None, ids: list | None = None, prompt: str = "a film", p: list | None = None,
-    keep_answers: bool = True, summary: dict | None = None, **arguments,
-) -> Path:  # fmt: skip
+    root: Path,
+    place: str,
+    method: str,
+    labels: list,
+    seed: int = 0,
+    gold: list | None = None,
+    before=None,
+    history: list[dict] | None = None,
+    ids: list | None = None,
+    prompt: str = "a film",
+    p: list | None = None,
+    keep_answers: bool = True,
+    summary: dict | None = None,
+    **arguments,
+) -> Path:
     """A finished run on SST in the form that the scripts write."""
     folder, gold = root / place, gold or GOLD
     folder.mkdir(parents=True)
@@ -48,10 +59,17 @@ def make_run(
 
     def write(name, answers):
         lines = [
-            {"id": ids[i] if ids else i, "prompt": f"{prompt} {i}", "answer": answer or "?!", "label": answer,
-             "gold": gold[i], "correct": answer == gold[i]} | ({} if p is None else {"probability_of_last_label": p[i]})
+            {
+                "id": ids[i] if ids else i,
+                "prompt": f"{prompt} {i}",
+                "answer": answer or "?!",
+                "label": answer,
+                "gold": gold[i],
+                "correct": answer == gold[i],
+            }
+            | ({} if p is None else {"probability_of_last_label": p[i]})
             for i, answer in enumerate(answers)
-        ]  # fmt: skip
+        ]
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     if keep_answers:
@@ -62,10 +80,19 @@ def make_run(
         metrics["before"] = figures_of(before)
     given = {"task": "SST", "from_local": False, "answer_space": "labels", "eval_size": 10, "seed": seed, **arguments}
     written = {
-        "method": method, "task": "SST", "task_version": 1, "model": "tiny", "seed": seed, "samples": 0,
-        "train_seconds": 0.0, "peak_memory_bytes": 1_500_000_000, "metrics": metrics, "arguments": given,
-        "majority": {"accuracy": 0.5, "score": 0.5, "invalid_rate": 0.0}, **(summary or {}),
-    }  # fmt: skip
+        "method": method,
+        "task": "SST",
+        "task_version": 1,
+        "model": "tiny",
+        "seed": seed,
+        "samples": 0,
+        "train_seconds": 0.0,
+        "peak_memory_bytes": 1_500_000_000,
+        "metrics": metrics,
+        "arguments": given,
+        "majority": {"accuracy": 0.5, "score": 0.5, "invalid_rate": 0.0},
+        **(summary or {}),
+    }
     (folder / "summary.json").write_text(json.dumps(written))
     (folder / "arguments.json").write_text(json.dumps(given))
     if history:
@@ -88,8 +115,17 @@ def made_up(tmp_path) -> Path:
     for seed, wrong in ((0, (0, 9)), (1, ())):
         rewards = [{"step": step, "objective/reward": step / 4 + seed / 2} for step in (1, 2)]
         curve = [{"step": 0, "eval/score": 0.6}, *rewards, {"step": 2, "eval/score": 0.8 + seed / 5}]
-        make_run(root, f"SST/deep/ppo-{seed}", "ppo", flipped(*wrong), seed, history=curve, summary=TRAINED,
-                 policy_gradient="expected", before=flipped(0, 1, 2, 3))  # fmt: skip
+        make_run(
+            root,
+            f"SST/deep/ppo-{seed}",
+            "ppo",
+            flipped(*wrong),
+            seed,
+            history=curve,
+            summary=TRAINED,
+            policy_gradient="expected",
+            before=flipped(0, 1, 2, 3),
+        )
     return root
 
 
@@ -150,8 +186,13 @@ class Reader(html.parser.HTMLParser):
 
 def test_the_table_has_the_values_computed_by_hand(made_up):
     accuracy, invalid = (results_table(made_up)["SST", metric] for metric in ("accuracy", "invalid rate"))
-    assert [*accuracy] == ["majority class", "zero-shot (labels)", "few-shot 4 (labels)", "SFT (labels)",
-                           "PPO (labels, expected)"]  # fmt: skip
+    assert [*accuracy] == [
+        "majority class",
+        "zero-shot (labels)",
+        "few-shot 4 (labels)",
+        "SFT (labels)",
+        "PPO (labels, expected)",
+    ]
     assert {method: re.sub(r" \[.*?\]", "", text) for method, text in accuracy.items()} == {
         "majority class": "50.0",
         "zero-shot (labels)": "60.0",
@@ -206,9 +247,11 @@ def test_an_adapter_is_named_by_what_trained_it(tmp_path):
     make_run(tmp_path, "lost", "trained", flipped(1), from_local=True, summary={"model": "elsewhere/best"})
     found = {group.method: group for group in collect.collect(tmp_path).groups}
     assert {(name, group.key.model) for name, group in found.items()} == {
-        ("SFT (labels)", "tiny"), ("SFT best/ (labels)", "tiny"), ("SFT + PPO (labels, expected)", "tiny"),
+        ("SFT (labels)", "tiny"),
+        ("SFT best/ (labels)", "tiny"),
+        ("SFT + PPO (labels, expected)", "tiny"),
         ("trained adapter (labels)", "elsewhere/best"),
-    }  # fmt: skip
+    }
     assert found["SFT best/ (labels)"].first.seed == 4
     assert [name for name, group in found.items() if comparison.is_ppo(group)] == ["SFT + PPO (labels, expected)"]
 
@@ -220,8 +263,18 @@ def make_scored(root: Path, task: str, value: float, place: str = "") -> None:
 
 
 def test_the_suite_score_counts_mnli_once_and_says_when_tasks_are_missing(tmp_path):
-    values = {"CoLA": 0.1, "SST": 0.9, "MRPC": 0.8, "STS-B": 0.7, "QQP": 0.6, "MNLI-m": 0.5, "MNLI-mm": 0.3,
-              "QNLI": 0.6, "RTE": 0.5, "AX": 0.0}  # fmt: skip
+    values = {
+        "CoLA": 0.1,
+        "SST": 0.9,
+        "MRPC": 0.8,
+        "STS-B": 0.7,
+        "QQP": 0.6,
+        "MNLI-m": 0.5,
+        "MNLI-mm": 0.3,
+        "QNLI": 0.6,
+        "RTE": 0.5,
+        "AX": 0.0,
+    }
     for task, value in values.items():
         make_scored(tmp_path, task, value)
     # CoLA, SST, MRPC, STS-B, QQP, MNLI .4, QNLI and RTE: 4.6; AX is a diagnostic set and does not count
@@ -279,8 +332,15 @@ def test_rows_are_matched_by_id_in_whatever_order(tmp_path):
     order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
     make_run(tmp_path, "a", "zero-shot", flipped(2, 7))
     answers = flipped(2, 7)
-    make_run(tmp_path, "b", "ppo", [answers[i] for i in order], gold=[GOLD[i] for i in order], ids=order,
-             policy_gradient="expected")  # fmt: skip
+    make_run(
+        tmp_path,
+        "b",
+        "ppo",
+        [answers[i] for i in order],
+        gold=[GOLD[i] for i in order],
+        ids=order,
+        policy_gradient="expected",
+    )
     found = compared(tmp_path)
     assert (found.difference, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
 
@@ -360,8 +420,9 @@ def test_the_pictures_are_inside_the_page_and_beside_it(made_up, tmp_path):
     files = make_report(made_up, tmp_path / "report")
     pictures = {name for name in files if name.endswith(".png")}
     assert pictures == {f"figure-01-SST-{kind}.png" for kind in ("curves", "confusion", "reliability")} | {
-        "figure-00-tiny-scores.png", "figure-collapsed-runs.png"
-    }  # fmt: skip
+        "figure-00-tiny-scores.png",
+        "figure-collapsed-runs.png",
+    }
     assert all(files[name].startswith(b"\x89PNG") for name in pictures)
     found = Reader(files["report.html"].decode())
     assert len(found.links) == 5 and all(link.startswith("data:image/png;base64,") for link in found.links)
@@ -533,8 +594,10 @@ def test_unfinished_runs_are_listed_with_how_far_they_came(made_up):
     for place in ("suite/SST", "done/SST", "done/RTE"):
         make_scored(made_up, place.split("/")[1], 0.5, place)
     assert collect.collect(made_up).unfinished == [
-        ("asking", "3 rows answered"), ("fresh", "no step yet"), ("suite", "1 tasks answered, without RTE")
-    ]  # fmt: skip
+        ("asking", "3 rows answered"),
+        ("fresh", "no step yet"),
+        ("suite", "1 tasks answered, without RTE"),
+    ]
 
 
 def test_only_unfinished_runs_make_a_report_that_says_so(tmp_path):
@@ -561,8 +624,19 @@ def real(model_folder, data_root, tmp_path_factory) -> Path:
     sft.main([*training, "--output_dir", str(root / "sft")])
     ppo.main([*training, "--output_dir", str(root / "ppo"), "--eval_steps", "1"])
     fixtures = [*common, "--data_path", str(FIXTURES)]
-    sft.main([*fixtures, "--task", "SIGA-nli,MentalHealth", "--output_dir", str(root / "two"), "--max_steps", "1",
-              "--batch_sentence_num", "2"])  # fmt: skip
+    sft.main(
+        [
+            *fixtures,
+            "--task",
+            "SIGA-nli,MentalHealth",
+            "--output_dir",
+            str(root / "two"),
+            "--max_steps",
+            "1",
+            "--batch_sentence_num",
+            "2",
+        ]
+    )
     inference.main([*fixtures, "--task", "SuperGLUE", "--output_dir", str(root / "super")])
     return root
 
@@ -611,8 +685,13 @@ def test_the_report_of_real_runs(real, tmp_path):
     assert "15 finished runs" in result.stdout  # five, and one for each of SuperGLUE's ten tasks
     found = Reader((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
     header, *rows = found.tables[0]
-    methods = {"zero-shot (labels)", "few-shot 2 (labels)", "SFT (labels)", "PPO (labels, expected)",
-               "SFT on SIGA-nli,MentalHealth (labels)"}  # fmt: skip
+    methods = {
+        "zero-shot (labels)",
+        "few-shot 2 (labels)",
+        "SFT (labels)",
+        "PPO (labels, expected)",
+        "SFT on SIGA-nli,MentalHealth (labels)",
+    }
     assert methods <= set(header)
     accuracy = next(row for row in rows if row[:2] == ["SST", "accuracy"])
     last = json.loads((real / "ppo" / "summary.json").read_text())["metrics"]["after"]["accuracy"]
