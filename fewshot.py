@@ -7,7 +7,7 @@ Everything else, and everything that is written, is as in inference.py.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import inference
 import prompts
@@ -15,6 +15,7 @@ from inference import InferenceArguments, Job
 from machine import processes
 from machine.errors import ArgumentError, clear_errors
 from run.arguments import parse
+from run.parser import option
 from tasks import Task, loaders, splits
 
 
@@ -22,11 +23,11 @@ from tasks import Task, loaders, splits
 class FewshotArguments(InferenceArguments):
     """What few-shot prompting takes beside inference.py's arguments."""
 
-    max_prompt_length: int = field(
-        default=1536, metadata={"help": "tokens, demonstrations included; a longer prompt loses text from its passage"}
+    max_prompt_length: int = option(
+        1536, "answers", "tokens in a prompt with its demonstrations; a long passage is truncated"
     )
-    num_shots: int = field(default=8, metadata={"help": "demonstrations before each question"})
-    same_shots: bool = field(default=True, metadata={"help": "True: the same for all rows; False: drawn for each row"})
+    num_shots: int = option(8, "prompting", "demonstrations before each question, from the training split")
+    same_shots: bool = option(True, "prompting", "True: the same demonstrations for all rows; False: drawn for each")
 
 
 def draw(task: Task, rows: list[dict], number: int, random_: random.Random) -> list[dict]:

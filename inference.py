@@ -14,22 +14,18 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import transformers
-
 import tasks
-from engine import models
-from engine.engine import Engine
-from engine.loading import load_engine
-from evaluation import answer_spaces, answering, leaderboard, metrics, scores
+from engine.folders import EMBEDDED, check_folder
 from machine import processes
 from machine.errors import ArgumentError, MissingData
 from machine.files import write_json
-from run import dashboards, faults
-from run.arguments import Arguments, as_dict, get_tasks, one_of, parse
+from run import faults
+from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of, parse
 from run.folder import data_hash, folder_of, lock, make_folder, write_summary
+from run.parser import option
 from tasks import Task, loaders, splits
 
 EVALUATED = 400  # labelled rows per task, unless --eval_size says otherwise
@@ -40,21 +36,20 @@ SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a
 class InferenceArguments(Arguments):
     """What prompting takes beside the common arguments."""
 
-    task: str = field(default="MR", metadata={"help": "a task, several as SST,RTE, or a suite: GLUE, SuperGLUE"})
-    train_model_name: str = field(
-        default=models.EMBEDDED,
-        metadata={"help": "the embedded model, a hub name, or (with --from_local True) a folder; {task} in it stands "
-                  "for the task whose model answers (AX: MNLI-m)"},
-    )  # fmt: skip
-    batch_sentence_num: int = field(default=256, metadata={"help": "rows answered, and saved, at once"})
-    eval_size: int | None = field(
-        default=None, metadata={"help": "rows per task; 0: all; default 400 labelled ones, or all unlabelled ones"}
+    task: str = option("MR", "run", TASKS_HELP)
+    train_model_name: str = option(
+        EMBEDDED, "model", "embedded model, hub name or folder; {task} in it: the task whose model answers"
     )
-    split: str = field(default="", metadata={"help": "validation or test; default validation, for --submission test"})
-    submission: bool = field(default=False, metadata={"help": "True: write the suite's leaderboard zip"})
-    do_sample: bool = field(default=False, metadata={"help": "True: sample at --model_temperature; False: greedy"})
-    strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
-    resume: str = field(default="", metadata={"help": "folder of an interrupted run to finish"})
+    batch_sentence_num: int = option(256, "prompting", "rows answered and saved at a time")
+    answer_space: str = option("", "answers", ANSWER_SPACES_HELP)
+    eval_size: int | None = option(
+        None, "prompting", "rows per task; 0: all; default: 400, or all where they are unlabelled"
+    )
+    split: str = option("", "prompting", "validation (default) or test; test also writes the leaderboard file")
+    submission: bool = option(False, "prompting", "True: answer all of test and write the suite's leaderboard zip")
+    do_sample: bool = option(False, "answers", "True: sample at --model_temperature; False: greedy")
+    strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
+    resume: str = option("", "run", "folder of an interrupted run to finish")
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def check(arguments: InferenceArguments) -> list[Task]:
     """The tasks; refuses what cannot be run and fills in defaults. Raises ArgumentError."""
     chosen = get_tasks(arguments.task)
     arguments.answer_space = arguments.answer_space or "labels"
-    one_of("answer_space", arguments.answer_space, answer_spaces.ANSWER_SPACES)
+    one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
     if arguments.answer_space == "score" and (arguments.use_CoT or arguments.do_sample):
         raise ArgumentError(
             "--answer_space score compares the labels' likelihoods, with no analysis and nothing sampled; leave "
@@ -132,7 +127,7 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
             other.name for other in tasks.TASKS.values() if other.folder == task.folder
         )
         model = arguments.train_model_name.replace("{task}", answering.replace("/", "-"))
-        models.adapter_chain(model, arguments.from_local)  # a missing folder is told before hours of work
+        check_folder(model, arguments.from_local)  # before hours of work on the tasks ahead of it
         jobs.append(Job(task, rows, whole, place, model))
     if missing:
         others = f" (missing: {', '.join(task.name for task, _ in missing)})" if len(missing) > 1 else ""
@@ -145,8 +140,10 @@ def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[di
     return [[]] * len(job.rows)
 
 
-def run_job(arguments: InferenceArguments, job: Job, engine: Engine, folder: Path, method: str, show) -> dict:
+def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, method: str, show) -> dict:
     """Answer one task's rows, write its files and say what came out. Returns its summary."""
+    from evaluation import answering, leaderboard, scores
+
     started = time.perf_counter()
     task, rows = job.task, job.rows
     # Looked for before hours of work: only free answers can be invalid, and a leaderboard file has no place for those.
@@ -193,6 +190,12 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
     """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
     with faults.guard(program) as guard, contextlib.ExitStack() as held:
         jobs = load_jobs(arguments, check(arguments))
+        # Not at the top of the file: torch and transformers take seconds to import, and bad input is refused without.
+        import transformers
+
+        from engine import models
+        from engine.loading import load_engine
+
         engine, loaded = load_engine(jobs[0].model, arguments), jobs[0].model
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
@@ -230,6 +233,9 @@ def open_folder(arguments: InferenceArguments, name: Task | str, held: contextli
 
 def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict[str, dict], several: bool) -> None:
     """The suites' scores and zips, the dashboard, and where everything lies."""
+    from evaluation import leaderboard, metrics
+    from run import dashboards
+
     figures = {
         f"eval/{name}/{metric}" if several else f"eval/{metric}": value
         for name, summary in done.items()

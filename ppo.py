@@ -6,13 +6,14 @@
 What is left at its default follows RECIPES, which RESULTS.md gives the reasons for.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
 from run.arguments import get_task, one_of, parse
+from run.parser import option
 from tasks import splits
 from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
 from training.data import TaskData, load_rows
@@ -35,27 +36,23 @@ RECIPES = {
 class PPOArguments(TrainArguments):
     """What PPO takes beside the arguments of all training."""
 
-    batch_sentence_num: int | None = field(default=None, metadata={"help": "prompts per step; default by recipe"})
-    policy_gradient: str = field(
-        default="", metadata={"help": "sampled, or expected over all labels; default expected where it is possible"}
+    batch_sentence_num: int | None = option(None, "training", "prompts per step; default: by recipe")
+    policy_gradient: str = option(
+        "", "PPO", "sampled, or expected: sum over all labels; default: expected where possible"
     )
-    ppo_epochs: int = field(default=1, metadata={"help": "passes over each rollout"})
-    num_minibatches: int = field(default=1, metadata={"help": "updates per pass"})
-    clip_range: float = field(default=0.2, metadata={"help": "of the probability ratio"})
-    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference in the reward"})
-    entropy_coef: float | None = field(
-        default=None, metadata={"help": "weight of the entropy bonus; default by recipe"}
-    )
-    value_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
-    value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value head"})
-    warmup_steps: int | None = field(
-        default=None, metadata={"help": "steps until the learning rate is full; by recipe"}
-    )
-    reward_correct: float = field(default=1.0, metadata={"help": "reward of a correct answer"})
-    reward_wrong: float = field(default=-1.0, metadata={"help": "reward of a wrong answer"})
-    reward_invalid: float = field(default=-3.0, metadata={"help": "reward of an answer that does not parse"})
-    reward_number: float = field(default=2.5, metadata={"help": "STS-B: reward of an exact number; less the distance"})
-    strict_format: bool = field(default=False, metadata={"help": "True: only the closing tag ends an answer"})
+    ppo_epochs: int = option(1, "PPO", "passes over each rollout")
+    num_minibatches: int = option(1, "PPO", "weight updates per pass")
+    clip_range: float = option(0.2, "PPO", "how far the probability ratio may move from 1")
+    kl_coef: float = option(0.0, "PPO", "weight of the KL divergence from the reference in the reward")
+    entropy_coef: float | None = option(None, "PPO", "weight of the entropy bonus; default: by recipe")
+    value_coef: float = option(0.5, "PPO", "weight of the value loss")
+    value_learning_rate: float = option(1e-3, "PPO", "learning rate of the value head")
+    warmup_steps: int | None = option(None, "PPO", "steps of learning rate warm-up; default: by recipe")
+    reward_correct: float = option(1.0, "PPO", "reward of a correct answer")
+    reward_wrong: float = option(-1.0, "PPO", "reward of a wrong answer")
+    reward_invalid: float = option(-3.0, "PPO", "reward of an answer that does not parse")
+    reward_number: float = option(2.5, "PPO", "STS-B: reward of the exact number; the distance is subtracted")
+    strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
 
 
 def check(arguments: PPOArguments) -> None:

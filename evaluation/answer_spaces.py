@@ -9,8 +9,6 @@ from engine.trees import Answer, LabelTrie
 from machine.errors import ModelError
 from tasks import Task
 
-ANSWER_SPACES = ("labels", "free", "score")
-
 
 @dataclass(frozen=True)
 class AnswerFormat:

@@ -1,7 +1,10 @@
-"""Several processes on one run (accelerate launch, torchrun): who has which share, and what is brought together.
+"""Several processes on one run (accelerate launch, torchrun): which share each has, and their collectives.
 
-With a single process the same calls give back what they are given.
+With a single process the same calls return what they are given, and torch is imported only where a device is asked for:
+whoever misspells an option should not wait for it.
 """
+
+from __future__ import annotations
 
 import atexit
 import os
@@ -9,21 +12,21 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import distributed
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
 
 T = TypeVar("T")
+SHARDING = ("FSDP", "ZeRO-3")  # the launch modes that shard the frozen weights
 
 
 def _launched_for() -> str:
-    """What else than processes accelerate's configuration asks for: FSDP, ZeRO-3, ZeRO-2, ..., or nothing.
+    """What accelerate's configuration asks for beside processes: FSDP, ZeRO-3, ZeRO-2, ..., or nothing.
 
-    It is taken out of the environment: Trainer would cut up the adapter too, with checkpoints that must be unpickled,
-    and would bring weights together for a whole model's forward only. See sharding.py.
+    It is taken out of the environment: Trainer would shard the adapter too, with checkpoints that must be unpickled,
+    and would all-gather weights for a whole model's forward only. See sharding.py.
     """
     asked = {name: os.environ.pop(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")}
     if asked["DEEPSPEED"]:
@@ -34,23 +37,32 @@ def _launched_for() -> str:
 LAUNCHED_FOR = _launched_for()
 
 
+def _launched() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _state() -> PartialState:
+    import torch
+    from accelerate import PartialState
+
     return PartialState(cpu=not torch.cuda.is_available())  # on a CPU they talk by gloo
 
 
 @atexit.register
-def _hang_up() -> None:
-    if distributed.is_initialized():
+def _destroy_process_group() -> None:
+    distributed = sys.modules.get("torch.distributed")  # not imported: nothing to destroy
+    if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def run(main: Callable[[], None]) -> None:
-    """A script's `main()`. One of several processes then ends at once, with the same exit code.
+    """Run a script's `main()`. One of several processes then ends at once, with the exit code that it would have.
 
-    Threads of gloo may still run while the interpreter takes everything down: "terminate called without an active
-    exception" would be the end of a process whose work is done, even if its group was destroyed before.
+    Gloo's threads may still run while the interpreter shuts down, and would end a process whose work is done with
+    "terminate called without an active exception", even if its process group was destroyed before.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _launched() == 1:
         main()
         return
     code = 0
@@ -73,12 +85,12 @@ def device() -> torch.device:
 
 def count() -> int:
     """How many processes there are."""
-    return _state().num_processes
+    return _state().num_processes if _launched() > 1 else 1
 
 
 def number() -> int:
-    """Which of them this one is, from 0."""
-    return _state().process_index
+    """The rank of this process, from 0."""
+    return _state().process_index if _launched() > 1 else 0
 
 
 def is_main() -> bool:
@@ -94,6 +106,8 @@ def quiet_others() -> None:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held: on its card if there is one, else in all."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
@@ -107,13 +121,19 @@ def share(size: int) -> slice:
 
 def all_gather(items: list[T]) -> list[T]:
     """The items of all processes, the first process's first. Every process must call this, and gets them all."""
-    return gather_object(items) if count() > 1 else items
+    if count() == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
     """What `make()` returns, or raises, in the main process; the others do not call it and get the same."""
     if count() == 1:
         return make()
+    from accelerate.utils import broadcast_object_list
+
     outcome: list = [None, None]
     if is_main():
         try:
@@ -130,6 +150,8 @@ def add_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its sum over all processes. A process without a gradient counts as zero."""
     if count() == 1:
         return
+    import torch
+
     kept = [p for p in parameters if p.requires_grad]
     for parameter in kept:
         if parameter.grad is None:
@@ -139,6 +161,6 @@ def add_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in by_type.values():
         flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not one per weight
-        distributed.all_reduce(flat)
+        torch.distributed.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))

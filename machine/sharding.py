@@ -17,19 +17,17 @@ from transformers import PreTrainedModel
 
 from machine import processes
 
-CUTTING = ("FSDP", "ZeRO-3")  # what cuts weights up
-
 
 def active() -> bool:
     """Whether the weights are cut up in this run."""
-    return processes.LAUNCHED_FOR in CUTTING and processes.count() > 1
+    return processes.LAUNCHED_FOR in processes.SHARDING and processes.count() > 1
 
 
 def notice() -> str:
     """One line for people on what becomes of accelerate's configuration; empty where it asks for processes only."""
     if active():
         return f"{processes.LAUNCHED_FOR}: each of {processes.count()} processes keeps a part of the frozen weights."
-    if processes.LAUNCHED_FOR and processes.LAUNCHED_FOR not in CUTTING:
+    if processes.LAUNCHED_FOR and processes.LAUNCHED_FOR not in processes.SHARDING:
         return (
             f"{processes.LAUNCHED_FOR} would share out gradients and optimizer state; an adapter's are small, and stay "
             "whole in every process, as the weights do."

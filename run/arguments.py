@@ -1,88 +1,68 @@
-"""What all four scripts share on the command line, and how bad input ends: exit code 2 and one clear sentence."""
+"""The options that all four scripts share, and how a script reads its own: `parse`."""
 
 import difflib
 import importlib.util
 import json
-import re
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import yaml
-from transformers import HfArgumentParser
 
 import tasks
-from engine.models import EMBEDDED
-from machine import processes, sharding
+from engine.folders import EMBEDDED, check_folder
+from machine import processes
 from machine.errors import ArgumentError, clear_errors
 from prompts import MAX_PROMPT_LENGTH
+from run.parser import Parser, option, option_types
 from tasks import Task
 
 # Notes from one library to the other about names that will change; a user can do nothing about them.
 warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl|accelerate)")
 REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
+ANSWER_SPACES = ("labels", "free", "score")
+ANSWER_SPACES_HELP = "labels (default): only the task's labels; free: any token; score: the likeliest label"
+TASKS_HELP = "a task, several as SST,RTE, or a suite: GLUE or SuperGLUE"
+CONFIG_HELP = "YAML file with any of these options; the command line overrides it"
 
 
 @dataclass
 class Arguments:
     """The arguments of all four scripts, with one meaning each."""
 
-    task: str = field(default="MR", metadata={"help": "the task's name, as in tasks/table.py"})
-    train_model_name: str = field(
-        default=EMBEDDED, metadata={"help": "the embedded model, a hub name, or (with --from_local True) a folder"}
+    task: str = option("MR", "run", "task name, as in tasks/table.py")
+    train_model_name: str = option(
+        EMBEDDED, "model", "the embedded model, a name on the hub, or with --from_local True a folder"
     )
-    from_local: bool = field(
-        default=False, metadata={"help": "True: --train_model_name is a folder, an adapter or a whole model"}
+    from_local: bool = option(False, "model", "True: --train_model_name is a folder with an adapter or a whole model")
+    use_CoT: bool = option(False, "answers", "True: the model writes an analysis before its judgement")
+    data_path: str = option("", "run", "file or folder in the task's format, in place of the one below data/")
+    batch_sentence_num: int = option(32, "run", "prompts per step")
+    model_temperature: float = option(1.0, "answers", "sampling temperature")
+    load_in_8bit: bool = option(False, "model", "True: 8-bit weights of the base model (needs CUDA and bitsandbytes)")
+    trust_remote_code: bool = option(False, "model", "True: run the Python code that comes with the model")
+    max_prompt_length: int = option(
+        MAX_PROMPT_LENGTH, "answers", "tokens in a prompt; the passage of a longer one is truncated"
     )
-    use_CoT: bool = field(default=False, metadata={"help": "True: the model writes an analysis before its judgement"})
-    data_path: str = field(
-        default="", metadata={"help": "a file or folder in the task's format in place of the one below data/"}
-    )
-    batch_sentence_num: int = field(default=32, metadata={"help": "prompts per step"})
-    model_temperature: float = field(default=1.0, metadata={"help": "of sampling; evaluation is greedy"})
-    load_in_8bit: bool = field(default=False, metadata={"help": "True: the base model's weights in 8 bits (CUDA)"})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "True: Python files that come with the model may be run"}
-    )
-    max_prompt_length: int = field(
-        default=MAX_PROMPT_LENGTH, metadata={"help": "tokens; a longer prompt loses text from its passage"}
-    )
-    max_response_length: int = field(
-        default=0, metadata={"help": "tokens of an answer; 0: 16, with chain of thought 96"}
-    )
-    answer_space: str = field(
-        default="", metadata={"help": "labels: only the task's labels; free: any token; default labels"}
-    )
-    tokens_per_micro_batch: int | None = field(
-        default=None, metadata={"help": "tokens that go through the network at once; default by free memory"}
-    )
-    eval_size: int = field(default=400, metadata={"help": "held-out rows to evaluate on; 0: all"})
-    output_dir: str = field(default="", metadata={"help": "the run's folder; default a new one below model/"})
-    seed: int = field(default=0, metadata={"help": "of the data's order, the sampling and the adapter's start"})
-    report_to: str = field(default="wandb", metadata={"help": "none, wandb, tensorboard or trackio"})
+    max_response_length: int = option(0, "answers", "tokens in an answer; 0: 16, or 96 with --use_CoT True")
+    answer_space: str = option("", "answers", "labels (default): only the task's labels; free: any token")
+    tokens_per_micro_batch: int | None = option(None, "model", "tokens per forward pass; default: by free memory")
+    eval_size: int = option(400, "evaluation and saving", "held-out rows to evaluate on; 0: all")
+    output_dir: str = option("", "run", "folder of the run; default: a new one below model/")
+    seed: int = option(0, "run", "seed of the data order, the sampling and the adapter's initial weights")
+    report_to: str = option("wandb", "evaluation and saving", "dashboard: none, wandb, tensorboard or trackio")
 
 
 Given = TypeVar("Given", bound=Arguments)
 
 
-class Parser(HfArgumentParser):
-    """Says what is wrong in one sentence, without the list of all options."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        meant = f"did you mean {near[0]}? " if near else ""
-        print(f"{self.prog}: error: {message.rstrip('.')}; {meant}--help lists all options", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def parse(kind: type[Given], description: str, argv: list[str] | None = None) -> Given:
     """Command line over `--config` file over `--resume` folder over defaults. Unknown names end with exit code 2."""
     processes.quiet_others()
-    parser = Parser(kind, description=description, allow_abbrev=False)
-    parser.add_argument("--config", default="", help="a YAML file with any of these arguments; the command line wins")
+    parser = Parser(kind, description)
+    parser.add_option("config", str, "", "run", CONFIG_HELP)
     names = {f.name for f in fields(kind)}
     argv = sys.argv[1:] if argv is None else argv
     chosen, _ = parser.parse_known_args(argv)
@@ -148,13 +128,15 @@ def _read_config(path: str, names: set[str]) -> dict:
 
 def _check(arguments: Arguments) -> None:
     """What holds for every script; also fills in the defaults that depend on other arguments. ArgumentError if not."""
+    types = option_types(type(arguments))
     for f in fields(arguments):
-        value = getattr(arguments, f.name)
-        right = {int: int, float: (int, float), bool: bool, str: str}.get(f.type, object)
+        value, wanted = getattr(arguments, f.name), types[f.name]
         if value is None and f.default is None:
             continue  # decided later, by the script
-        if not isinstance(value, right) or (f.type is not bool and isinstance(value, bool)):
-            raise ArgumentError(f"--{f.name} {value!r} must be of type {f.type.__name__}")
+        if not isinstance(value, (int, float) if wanted is float else wanted) or (
+            wanted is not bool and isinstance(value, bool)
+        ):
+            raise ArgumentError(f"--{f.name} {value!r} must be of type {wanted.__name__}")
     positive = ("batch_sentence_num", "model_temperature", "max_prompt_length", "tokens_per_micro_batch")
     for name in positive:
         value = getattr(arguments, name)
@@ -164,15 +146,17 @@ def _check(arguments: Arguments) -> None:
         if (getattr(arguments, name) or 0) < 0:
             raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
     one_of("report_to", arguments.report_to, REPORT_TO)
-    if arguments.load_in_8bit and processes.LAUNCHED_FOR in sharding.CUTTING:
+    if arguments.load_in_8bit and processes.LAUNCHED_FOR in processes.SHARDING:
         raise ArgumentError(
-            f"--load_in_8bit True: {processes.LAUNCHED_FOR} cannot cut up weights of 8 bits; leave it at False, or use "
+            f"--load_in_8bit True: {processes.LAUNCHED_FOR} cannot shard 8-bit weights; leave it at False, or use "
             "scripts/accelerate/processes.yaml"
         )
     if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
         raise ArgumentError(
             f"--report_to {arguments.report_to} needs that package: pip install {arguments.report_to}; or give none"
         )
+    if "{task}" not in arguments.train_model_name:  # in inference.py, several models: each is looked for there
+        check_folder(arguments.train_model_name, arguments.from_local)
     arguments.max_response_length = arguments.max_response_length or (96 if arguments.use_CoT else 16)
 
 

@@ -14,12 +14,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from transformers import TrainerCallback
-
 from machine import processes
 from machine.errors import TrainingError, clear_errors
 from run.checkpoints import checkpoints_of
-from training.run_trainer import RunTrainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -32,8 +29,8 @@ class Stopped(BaseException):
         self.number = number
 
 
-class Guard(TrainerCallback):
-    """Stands around a run; in training one of the callbacks, so that a signal ends the run between two steps."""
+class Guard:
+    """Stands around a run and ends it when a signal comes: training after the step (stopping.py), all else at once."""
 
     def __init__(self, program: str):
         self.program = program
@@ -42,24 +39,6 @@ class Guard(TrainerCallback):
         self.training = False
         self.received: int | None = None
         self.at_exit: list[Callable[[int], None]] = []  # called with the exit code
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.training = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # All processes end at the same step, whichever of them was told to.
-        self.received = next((n for n in processes.all_gather([self.received]) if n is not None), None)
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True
-
-    on_evaluate = on_step_end
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.received is not None:
-            control.should_training_stop = True
 
     def handle(self, number: int, frame) -> None:
         """The signals' handler."""
@@ -76,7 +55,7 @@ class Guard(TrainerCallback):
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: saving a checkpoint at the end of this step, then stopping{more}.\n".encode())
 
-    def trained(self, trainer: RunTrainer) -> None:
+    def trained(self, trainer) -> None:
         """After training: end here if a signal asked for it."""
         if self.received is not None:
             self.leave(self.received, f"at step {trainer.state.global_step}")

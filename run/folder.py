@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from machine import processes
 from machine.errors import ArgumentError
 from machine.files import write_json
@@ -211,6 +209,8 @@ def _left_by_a_start(path: Path) -> bool:
 
 def versions() -> dict[str, str]:
     """What the run was computed with: Python, the packages, the hardware and the project's commit."""
+    import torch
+
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "python": platform.python_version(),

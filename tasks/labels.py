@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
-
 from tasks.table import Task
 
 
@@ -30,6 +28,8 @@ def most_frequent_label(task: Task, rows: Iterable[dict]) -> int | float:
     if not labels:
         raise ValueError(f"{task.name}: no labelled rows to take the majority label from")
     if task.number:
+        import numpy as np
+
         return float(np.mean(labels))
     return min(Counter(labels).items(), key=lambda item: (-item[1], item[0]))[0]
 

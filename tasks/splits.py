@@ -1,15 +1,19 @@
 """Which rows of a task are trained on, held out, or answered: the same for all four scripts."""
 
+from __future__ import annotations
+
 import os
 import random
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from machine.errors import DataError, MissingData
 from tasks import loaders
 from tasks.labels import most_frequent_label
 from tasks.table import TASKS, Task, get
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def task_path(task: Task, data_path: str, several: bool = False) -> str | None:
@@ -145,6 +149,8 @@ def units(task: Task, rows: list[dict]) -> np.ndarray:
 
     A unit is what was sampled when the data was made: MultiRC's question, ReCoRD's query, AX-g's pair, else the row.
     """
+    import numpy as np
+
     if "gender_parity" in task.metrics:
         return np.arange(len(rows)) // 2
     if "em" in task.metrics:

@@ -1,31 +1,31 @@
 """The arguments that ppo.py and sft.py share, and what is checked of them. Imports nothing that takes long."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from machine.errors import ArgumentError
 from run.arguments import Arguments, divisible, one_of
+from run.parser import option
+
+MAX_STEPS_HELP = "stop after this many steps; 0: when the epochs end; default: by recipe, or 0 with --end_epoch"
 
 
 @dataclass
 class TrainArguments(Arguments):
     """What ppo.py and sft.py take beside the arguments of all scripts."""
 
-    learning_rate: float | None = field(default=None, metadata={"help": "of the adapter; default by recipe"})
-    start_epoch: int = field(default=0, metadata={"help": "number of the first epoch"})
-    end_epoch: int | None = field(
-        default=None, metadata={"help": "train up to, not including, this epoch; default the one after --start_epoch"}
+    learning_rate: float | None = option(None, "training", "learning rate of the adapter; default: by recipe")
+    start_epoch: int = option(0, "training", "number of the first epoch")
+    end_epoch: int | None = option(
+        None, "training", "train up to this epoch, which is not included; default: one epoch"
     )
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "stop after so many steps; 0: when the epochs end; default by recipe, 0 with --end_epoch"},
-    )
-    repeat_time: int | None = field(default=None, metadata={"help": "samples per prompt; default by recipe"})
-    save_methods: str = field(default="epoch", metadata={"help": "step or epoch"})
-    save_freq: int = field(default=20, metadata={"help": "with --save_methods step: every so many steps"})
-    checkpoint_rate: int = field(default=1, metadata={"help": "with --save_methods epoch: every so many epochs"})
-    eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: before and after only"})
-    save_total_limit: int = field(default=0, metadata={"help": "keep so many of the last checkpoints; 0: all"})
-    resume: str = field(default="", metadata={"help": "folder of a run to go on with, from its last checkpoint"})
+    max_steps: int | None = option(None, "training", MAX_STEPS_HELP)
+    repeat_time: int | None = option(None, "training", "samples per prompt; default: by recipe")
+    save_methods: str = option("epoch", "evaluation and saving", "save a checkpoint by step or by epoch")
+    save_freq: int = option(20, "evaluation and saving", "steps from one checkpoint to the next, with step")
+    checkpoint_rate: int = option(1, "evaluation and saving", "epochs from one checkpoint to the next, with epoch")
+    eval_steps: int = option(0, "evaluation and saving", "steps from one evaluation to the next; 0: none in between")
+    save_total_limit: int = option(0, "evaluation and saving", "checkpoints to keep beside the best; 0: all")
+    resume: str = option("", "run", "folder of a run to continue from its last checkpoint")
 
 
 POSITIVE = ("learning_rate", "repeat_time", "save_freq", "checkpoint_rate")

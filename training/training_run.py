@@ -19,6 +19,7 @@ from run.faults import Guard
 from run.folder import data_hash, folder_of, open_run, write_summary
 from run.history import before_after_table, evaluations, train_seconds
 from run.progress import RunCallback, quiet_trainer
+from run.stopping import StopCallback
 from tasks import Task
 from training.arguments import TrainArguments
 from training.data import TaskData
@@ -155,7 +156,7 @@ class TrainingRun:
         self.progress = RunCallback(self.folder, data[0].task, tokenizer)
         trackers = dashboards.wandb_callbacks(arguments.report_to, self.progress, method)
         guard.at_exit += [tracker.close for tracker in trackers]
-        self.callbacks: list[TrainerCallback] = [guard, self.progress, *trackers]
+        self.callbacks: list[TrainerCallback] = [StopCallback(guard), self.progress, *trackers]
         transformers.set_seed(arguments.seed)
 
     def announce(self, shortened: int, how: str) -> None:

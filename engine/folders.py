@@ -1,0 +1,29 @@
+"""How a model is named on the command line, and whether the folder that is named can hold one.
+
+Nothing here loads a model, so a wrong name is refused before torch and transformers are imported.
+"""
+
+from pathlib import Path
+
+from machine.errors import ModelError
+
+EMBEDDED = "SmolLM2-135M-Instruct"  # its wheel is installed by scripts/setup.sh
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def check_folder(name: str, from_local: bool) -> None:
+    """ModelError for a folder that does not exist, holds neither a model nor an adapter, or needs `--from_local`."""
+    folder = Path(name)
+    if not from_local:
+        if name != EMBEDDED and (folder / ADAPTER_CONFIG).exists():
+            raise ModelError(f"--train_model_name {name} is an adapter folder; add --from_local True to load it")
+        return
+    if not folder.is_dir():
+        raise ModelError(
+            f"--train_model_name {name} is no folder; with --from_local True it must be a model or checkpoint folder"
+        )
+    if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
+        raise ModelError(
+            f"--train_model_name {name} holds neither config.json nor adapter_config.json; "
+            "give a checkpoint folder such as model/<task>/<run>/best"
+        )
