@@ -38,7 +38,7 @@ class InferenceArguments(Arguments):
 
     task: str = option("MR", "run", TASKS_HELP)
     train_model_name: str = option(
-        EMBEDDED, "model", "embedded model, hub name or folder; {task} in it: the task whose model answers"
+        EMBEDDED, "model", "model name or folder; {task} in it becomes the task whose model answers"
     )
     batch_sentence_num: int = option(256, "prompting", "rows answered and saved at a time")
     answer_space: str = option("", "answers", ANSWER_SPACES_HELP)

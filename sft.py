@@ -32,17 +32,15 @@ class SFTArguments(TrainArguments):
     """What SFT takes beside the arguments of all training."""
 
     task: str = option("MR", "run", TASKS_HELP)
-    datafolder_path: str = option(
-        "", "run", "train on every task below this folder, such as data/GLUE, in place of --task"
-    )
+    datafolder_path: str = option("", "run", "folder such as data/GLUE: train on every task in it, not on --task")
     batch_sentence_num: int = option(8, "training", "rows per step")
     lines_per_file: int = option(30000, "SFT", "training rows of each task, at most")
     learning_rate: float = option(5e-4, "training", "learning rate of the adapter")
     max_steps: int | None = option(
-        None, "training", f"stop after this many steps; 0: when the epochs end; default: {STEPS} on one task"
+        None, "training", f"number of steps; 0: all epochs; default: {STEPS} for one task without --end_epoch"
     )
-    repeat_time: int = option(1, "training", "times that each row is seen in an epoch")
-    loss_on: str = option("answer", "SFT", "answer, or full: the loss is on prompt and answer, as published")
+    repeat_time: int = option(1, "training", "how often each row is seen in an epoch")
+    loss_on: str = option("answer", "SFT", "answer: loss on the answer alone; full: on the prompt too, as published")
     answer_space: str = option("", "answers", ANSWER_SPACES_HELP)
     do_sample: bool = option(False, "answers", "True: evaluation samples at --model_temperature; False: greedy")
 

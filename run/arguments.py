@@ -23,7 +23,7 @@ from tasks import Task
 warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl|accelerate)")
 REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
 ANSWER_SPACES = ("labels", "free", "score")
-ANSWER_SPACES_HELP = "labels (default): only the task's labels; free: any token; score: the likeliest label"
+ANSWER_SPACES_HELP = "labels (default): only the task's labels; free: any token; score: likeliest one"
 TASKS_HELP = "a task, several as SST,RTE, or a suite: GLUE or SuperGLUE"
 CONFIG_HELP = "YAML file with any of these options; the command line overrides it"
 
@@ -34,7 +34,7 @@ class Arguments:
 
     task: str = option("MR", "run", "task name, as in tasks/table.py")
     train_model_name: str = option(
-        EMBEDDED, "model", "the embedded model, a name on the hub, or with --from_local True a folder"
+        EMBEDDED, "model", "the embedded model, a hub name, or with --from_local True a folder"
     )
     from_local: bool = option(False, "model", "True: --train_model_name is a folder with an adapter or a whole model")
     use_CoT: bool = option(False, "answers", "True: the model writes an analysis before its judgement")

@@ -9,35 +9,40 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # one of tasks/table.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
-num_shots="${NUM_SHOTS:-}"                     # worked examples from the training split in front of each question
-from_local="${FROM_LOCAL:-}"                   # True: model_path is a folder, an adapter or a model trained before
+task="${TASK:-MR}"                             # a task, several as SST,RTE, or a suite: GLUE or SuperGLUE
+num_shots="${NUM_SHOTS:-}"                     # demonstrations before each question, from the training split
+from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
-model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded one, a name on the hub, or (from_local) a folder
-output_dir="${OUTPUT_DIR:-}"                   # where results go; empty: a new folder below model/
-seed="${SEED:-}"                               # which examples are shown
+model_path="${MODEL:-SmolLM2-135M-Instruct}"   # model name or folder; {task} in it becomes the task whose model answers
+output_dir="${OUTPUT_DIR:-}"                   # folder of the run; default: a new one below model/
+seed="${SEED:-}"                               # seed of the data order, the sampling and the adapter's initial weights
 
 # Every other option of fewshot.py. The values only show the form: what is commented out has the default that
 # `.venv/bin/python fewshot.py --help` names.
 options=(
-    # --split validation              # validation, or test: also writes the leaderboard file
-    # --submission True               # TASK=GLUE or SuperGLUE: answers all of test and writes the suite's zip
-    # --eval_size 500                 # so many rows of each task; 0: all
-    # --batch_sentence_num 256        # rows answered, and saved, at once
-    # --data_path file.tsv            # answer this file or folder, in the task's own format
-    # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
-    # --trust_remote_code False       # True: Python files that come with the model may be run
-    # --tokens_per_micro_batch 512    # tokens that go through the network at once; default: by free memory
-    # --answer_space labels           # labels: only the task's labels; free: any token; score: the likeliest label
-    # --same_shots True               # False: other demonstrations for each row
-    # --do_sample True                # sample instead of taking the likeliest token
-    # --model_temperature 1.0         # of sampling
+    # --- run
+    # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --resume model/run              # folder of an interrupted run to finish
+    # --config run.yaml               # YAML file with any of these options; the command line overrides it
+    # --- model
+    # --load_in_8bit False            # True: 8-bit weights of the base model (needs CUDA and bitsandbytes)
+    # --trust_remote_code False       # True: run the Python code that comes with the model
+    # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
+    # --- prompting
+    # --batch_sentence_num 256        # rows answered and saved at a time
+    # --eval_size 500                 # rows per task; 0: all; default: 400, or all where they are unlabelled
+    # --split validation              # validation (default) or test; test also writes the leaderboard file
+    # --submission True               # True: answer all of test and write the suite's leaderboard zip
+    # --same_shots True               # True: the same demonstrations for all rows; False: drawn for each
+    # --- answers
+    # --model_temperature 1.0         # sampling temperature
+    # --max_prompt_length 1536        # tokens in a prompt with its demonstrations; a long passage is truncated
+    # --max_response_length 8         # tokens in an answer; 0: 16, or 96 with --use_CoT True
+    # --answer_space labels           # labels (default): only the task's labels; free: any token; score: likeliest one
+    # --do_sample True                # True: sample at --model_temperature; False: greedy
     # --strict_format False           # True: only the closing tag ends a free answer
-    # --max_prompt_length 1536        # tokens, demonstrations included; a longer passage is cut
-    # --max_response_length 8         # tokens of a free answer
-    # --resume model/run              # finish this run, which was interrupted
-    # --report_to none                # none, wandb, tensorboard or trackio
-    # --config run.yaml               # options from a YAML file; what is set above or typed wins over it
+    # --- evaluation and saving
+    # --report_to none                # dashboard: none, wandb, tensorboard or trackio
 )
 
 # ---------------------------------------------------------------------------------------------- nothing to edit below

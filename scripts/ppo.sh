@@ -9,57 +9,59 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # MR, MRPC, CoLA, SST, RTE, ..., SuperGLUE/RTE; tasks/table.py lists them all
-from_local="${FROM_LOCAL:-}"                   # True: model_path is a folder, an adapter or a model trained before
+task="${TASK:-MR}"                             # task name, as in tasks/table.py
+from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
-model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded one, a name on the hub, or (from_local) a folder
-output_dir="${OUTPUT_DIR:-}"                   # where checkpoints and results go; empty: a new folder below model/
-seed="${SEED:-}"                               # of the data's order, the sampling and the adapter's start
+model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded model, a hub name, or with --from_local True a folder
+output_dir="${OUTPUT_DIR:-}"                   # folder of the run; default: a new one below model/
+seed="${SEED:-}"                               # seed of the data order, the sampling and the adapter's initial weights
 
 # Every other option of ppo.py. The values only show the form: what is commented out has the default that
 # `.venv/bin/python ppo.py --help` names.
 options=(
-    # --- the run
+    # --- run
+    # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --resume model/run              # folder of the run to continue, from its last checkpoint
+    # --config run.yaml               # YAML file with any of these options; the command line overrides it
+    # --- model
+    # --load_in_8bit False            # True: 8-bit weights of the base model (needs CUDA and bitsandbytes)
+    # --trust_remote_code False       # True: run the Python code that comes with the model
+    # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
+    # --- training
+    # --batch_sentence_num 32         # prompts per step; default: by recipe
+    # --learning_rate 1e-4            # learning rate of the adapter; default: by recipe
     # --start_epoch 0                 # number of the first epoch
-    # --end_epoch 1                   # train up to, not including, this epoch: whole epochs
-    # --max_steps 100                 # stop after so many steps, whatever the epochs say
-    # --batch_sentence_num 32         # prompts per step
-    # --repeat_time 16                # answers sampled per prompt
-    # --data_path file.tsv            # train on this file or folder, in the task's own format
-    # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
-    # --trust_remote_code False       # True: Python files that come with the model may be run
-    # --tokens_per_micro_batch 512    # tokens that go through the network at once; default: by free memory
-    # --config run.yaml               # options from a YAML file; what is set above or typed wins over it
+    # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
+    # --max_steps 100                 # number of steps; 0: all epochs; default: by recipe, or 0 with --end_epoch
+    # --repeat_time 16                # samples per prompt; default: by recipe
     # --- PPO
-    # --learning_rate 1e-4            # step size of the adapter
-    # --warmup_steps 3                # steps until the learning rate is full
-    # --value_learning_rate 1e-3      # step size of the value head
+    # --policy_gradient sampled       # sampled, or expected: sum over all labels; default: expected where possible
     # --ppo_epochs 4                  # passes over each rollout
-    # --num_minibatches 1             # updates per pass
-    # --clip_range 0.2                # how far the policy's probability ratio may leave 1
-    # --kl_coef 0.05                  # price of leaving the reference model
-    # --entropy_coef 0.01             # bonus for a policy that stays undecided
-    # --value_coef 0.5                # weight of the value head's loss
-    # --policy_gradient sampled       # sampled, or expected: sum over all labels where each one's reward is known
+    # --num_minibatches 1             # weight updates per pass
+    # --clip_range 0.2                # how far the probability ratio may move from 1
+    # --kl_coef 0.05                  # weight of the KL divergence from the reference in the reward
+    # --entropy_coef 0.01             # weight of the entropy bonus; default: by recipe
+    # --value_coef 0.5                # weight of the value loss
+    # --value_learning_rate 1e-3      # learning rate of the value head
+    # --warmup_steps 3                # steps of learning rate warm-up; default: by recipe
     # --reward_correct 1.0            # reward of a correct answer
-    # --reward_wrong -1.0             # of a wrong one
-    # --reward_invalid -3.0           # of one that does not parse
-    # --reward_number 2.5             # STS-B: of an exact number; less the distance of another
+    # --reward_wrong -1.0             # reward of a wrong answer
+    # --reward_invalid -3.0           # reward of an answer that does not parse
+    # --reward_number 2.5             # STS-B: reward of the exact number; the distance is subtracted
+    # --- answers
+    # --model_temperature 1.0         # sampling temperature
+    # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated
+    # --max_response_length 8         # tokens in an answer; 0: 16, or 96 with --use_CoT True
+    # --answer_space labels           # labels (default): only the task's labels; free: any token
     # --strict_format False           # True: only the closing tag ends a free answer
-    # --- what is asked and what may be answered
-    # --answer_space labels           # labels: only the task's labels can be answered; free: any token
-    # --model_temperature 1.0         # of sampling while training; evaluation is greedy
-    # --max_prompt_length 512         # tokens; a longer passage is cut
-    # --max_response_length 8         # tokens
-    # --- evaluating, saving, reporting
-    # --eval_steps 20                 # evaluate every so many steps
-    # --eval_size 500                 # on so many rows of the validation split
-    # --save_methods epoch            # save by step or by epoch
-    # --save_freq 150                 # with step: save every so many steps
-    # --checkpoint_rate 1             # with epoch: save every so many epochs
-    # --save_total_limit 3            # keep the last three checkpoints and the best; 0: all
-    # --resume model/run              # go on from this run's last checkpoint
-    # --report_to none                # none, wandb, tensorboard or trackio
+    # --- evaluation and saving
+    # --eval_size 500                 # held-out rows to evaluate on; 0: all
+    # --report_to none                # dashboard: none, wandb, tensorboard or trackio
+    # --save_methods epoch            # when to save checkpoints: step or epoch
+    # --save_freq 150                 # steps between checkpoints, with --save_methods step
+    # --checkpoint_rate 1             # epochs between checkpoints, with --save_methods epoch
+    # --eval_steps 20                 # steps between evaluations; 0: only before and after training
+    # --save_total_limit 3            # checkpoints to keep beside the best; 0: all
 )
 
 # ---------------------------------------------------------------------------------------------- nothing to edit below

@@ -9,46 +9,49 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # one of tasks/table.py, several as SST,RTE, or a suite: GLUE, SuperGLUE
-datafolder_path="${DATAFOLDER_PATH:-}"         # a suite's folder, such as data/GLUE: all of its tasks, instead of task
-lines_per_file="${LINES_PER_FILE:-}"           # at most so many rows of each task, so that none drowns the others
-from_local="${FROM_LOCAL:-}"                   # True: model_path is a folder, an adapter or a model trained before
-use_CoT="${USE_COT:-}"                         # as in the other scripts; but there are no analyses to learn from
-model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded one, a name on the hub, or (from_local) a folder
-output_dir="${OUTPUT_DIR:-}"                   # where checkpoints and results go; empty: a new folder below model/
-seed="${SEED:-}"                               # of the data's order, the sampling and the adapter's start
+task="${TASK:-MR}"                             # a task, several as SST,RTE, or a suite: GLUE or SuperGLUE
+datafolder_path="${DATAFOLDER_PATH:-}"         # folder such as data/GLUE: train on every task in it, not on --task
+lines_per_file="${LINES_PER_FILE:-}"           # training rows of each task, at most
+from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
+use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
+model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded model, a hub name, or with --from_local True a folder
+output_dir="${OUTPUT_DIR:-}"                   # folder of the run; default: a new one below model/
+seed="${SEED:-}"                               # seed of the data order, the sampling and the adapter's initial weights
 
 # Every other option of sft.py. The values only show the form: what is commented out has the default that
 # `.venv/bin/python sft.py --help` names.
 options=(
-    # --- the run
-    # --start_epoch 0                 # number of the first epoch
-    # --end_epoch 1                   # train up to, not including, this epoch: whole epochs
-    # --max_steps 100                 # stop after so many steps; 0: when the epochs end
+    # --- run
+    # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --resume model/run              # folder of the run to continue, from its last checkpoint
+    # --config run.yaml               # YAML file with any of these options; the command line overrides it
+    # --- model
+    # --load_in_8bit False            # True: 8-bit weights of the base model (needs CUDA and bitsandbytes)
+    # --trust_remote_code False       # True: run the Python code that comes with the model
+    # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
+    # --- training
     # --batch_sentence_num 8          # rows per step
+    # --learning_rate 5e-4            # learning rate of the adapter
+    # --start_epoch 0                 # number of the first epoch
+    # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
+    # --max_steps 100                 # number of steps; 0: all epochs; default: 72 for one task without --end_epoch
     # --repeat_time 1                 # how often each row is seen in an epoch
-    # --learning_rate 5e-4            # step size of the adapter
-    # --data_path file.tsv            # train on this file or folder, in the task's own format
-    # --load_in_8bit False            # True: the base model's weights in 8 bits (CUDA and bitsandbytes)
-    # --trust_remote_code False       # True: Python files that come with the model may be run
-    # --tokens_per_micro_batch 512    # tokens that go through the network at once; default: by free memory
-    # --config run.yaml               # options from a YAML file; what is set above or typed wins over it
-    # --- what is asked and what may be answered
-    # --answer_space labels           # labels: only the task's labels; free: any token; score: the likeliest label
-    # --loss_on answer                # answer, or full: prompt and answer, as published
-    # --do_sample True                # evaluation samples instead of taking the likeliest token
-    # --model_temperature 1.0         # of sampling
-    # --max_prompt_length 512         # tokens; a longer passage is cut
-    # --max_response_length 8         # tokens
-    # --- evaluating, saving, reporting
-    # --eval_steps 20                 # evaluate every so many steps
-    # --eval_size 500                 # on so many rows of the validation split
-    # --save_methods epoch            # save by step or by epoch
-    # --save_freq 150                 # with step: save every so many steps
-    # --checkpoint_rate 1             # with epoch: save every so many epochs
-    # --save_total_limit 3            # keep the last three checkpoints and the best; 0: all
-    # --resume model/run              # go on from this run's last checkpoint
-    # --report_to none                # none, wandb, tensorboard or trackio
+    # --- SFT
+    # --loss_on answer                # answer: loss on the answer alone; full: on the prompt too, as published
+    # --- answers
+    # --model_temperature 1.0         # sampling temperature
+    # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated
+    # --max_response_length 8         # tokens in an answer; 0: 16, or 96 with --use_CoT True
+    # --answer_space labels           # labels (default): only the task's labels; free: any token; score: likeliest one
+    # --do_sample True                # True: evaluation samples at --model_temperature; False: greedy
+    # --- evaluation and saving
+    # --eval_size 500                 # held-out rows to evaluate on; 0: all
+    # --report_to none                # dashboard: none, wandb, tensorboard or trackio
+    # --save_methods epoch            # when to save checkpoints: step or epoch
+    # --save_freq 150                 # steps between checkpoints, with --save_methods step
+    # --checkpoint_rate 1             # epochs between checkpoints, with --save_methods epoch
+    # --eval_steps 20                 # steps between evaluations; 0: only before and after training
+    # --save_total_limit 3            # checkpoints to keep beside the best; 0: all
 )
 
 # ---------------------------------------------------------------------------------------------- nothing to edit below

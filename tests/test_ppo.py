@@ -1,8 +1,5 @@
 """ppo.py as its users run it, with a tiny model: what it writes, how it goes on, and how bad input ends."""
 
-import ast
-import dataclasses
-import importlib
 import importlib.metadata
 import json
 import math
@@ -29,12 +26,6 @@ from run.history import history
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
-SCRIPTS = {
-    "ppo": "PPOArguments",
-    "sft": "SFTArguments",
-    "inference": "InferenceArguments",
-    "fewshot": "FewshotArguments",
-}
 GOOD = ("a warm and funny film", "every minute is a joy", "tender and wise", "i laughed all the way")
 BAD = ("a dull and noisy film", "every minute is a chore", "shallow and loud", "i slept all the way")
 
@@ -536,63 +527,3 @@ def test_the_command_itself_ends_so_too(processes):
     text = output(processes["bad"])
     assert text.startswith("ppo.py: error: --task SSTT") and text.count("\n") == 1
     assert not processes["bad"].exists()
-
-
-# ---------------------------------------------------------------------------------------------------- every argument
-
-
-def project_imports(name: str, seen: set[str]) -> set[str]:
-    """A module of the project (a dotted name) and all others that it imports."""
-    path = source_file(name)
-    if name not in seen and path.exists():
-        seen.add(name)
-        for node in ast.walk(ast.parse(path.read_text())):
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                found += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-            for imported in found:
-                project_imports(imported, seen)
-    return seen
-
-
-def source_file(name: str) -> Path:
-    return ROOT / f"{name.replace('.', '/')}.py"
-
-
-def arguments_read(module: str) -> set[str]:
-    """Every <name> of an `arguments.<name>` that is read, but for functions that only check and return nothing."""
-    tree = ast.parse(source_file(module).read_text())
-    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name in ("check", "_check")]
-    checks = {n for f in functions if isinstance(f.returns, ast.Constant) for n in ast.walk(f)}
-    reads = [
-        n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and n not in checks
-    ]
-    return {n.attr for n in reads if isinstance(n.value, ast.Name) and n.value.id == "arguments"}
-
-
-def declared(script: str) -> set[str]:
-    return {f.name for f in dataclasses.fields(getattr(importlib.import_module(script), SCRIPTS[script]))}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_declared_argument_is_read(script):
-    read_somewhere = set().union(*(arguments_read(module) for module in project_imports(script, set())))
-    assert not declared(script) - read_somewhere
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_shell_script_names_options_that_exist(script):
-    text = (ROOT / "scripts" / f"{script}.sh").read_text()
-    listed = re.findall(r"^    # --(\w+)", text, re.MULTILINE)
-    passed = re.findall(r'--(\w+) "\$', text)
-    assert len(listed) > 3 and {"task", "train_model_name", "seed", "output_dir"} <= set(passed)
-    assert not {*listed, *passed} - declared(script) - {"config"}
-    assert len(set(listed)) == len(listed) and not set(listed) & set(passed)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_argument(script, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(script).main(["--help"])
-    text = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"--{name} " in text for name in {*declared(script), "config"})

@@ -2,12 +2,9 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from run.parser import Parser, option
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pandas", "scipy", "sklearn", "matplotlib")
@@ -57,61 +54,3 @@ def test_report_refuses_bad_input_as_early(arguments):
     result = start("report", *arguments)
     assert result.returncode == 2 and result.stderr.startswith("report.py: error: "), result.stderr
     assert result.stdout == "imported:\n"
-
-
-# ----------------------------------------------------------------------------------------------------- the command line
-
-
-@dataclass
-class Options:
-    """What the tests below parse."""
-
-    learning_rate: float | None = option(None, "PPO", "step size")
-    from_local: bool = option(False, "model", "a folder")
-    same_shots: bool = option(True, "model", "the same")
-    output_dir: str = option("", "run", "where, 100% of it")
-
-
-def parse(*arguments: str) -> dict:
-    return vars(Parser(Options, "A test.", prog="test.py").parse_args(arguments))
-
-
-DEFAULTS = {"learning_rate": None, "from_local": False, "same_shots": True, "output_dir": ""}
-
-
-@pytest.mark.parametrize(
-    "given, expected",
-    [
-        ([], {}),
-        (["--learning_rate", "1e-3"], {"learning_rate": 1e-3}),
-        (["--learning_rate=1e-3"], {"learning_rate": 1e-3}),
-        (["--learning-rate=1e-3"], {"learning_rate": 1e-3}),
-        (["--output-dir", "a-b_c"], {"output_dir": "a-b_c"}),
-        (["--output_dir", "a=b"], {"output_dir": "a=b"}),
-        (["--from_local"], {"from_local": True}),
-        (["--from-local", "yes"], {"from_local": True}),
-        (["--from_local", "True", "--from_local", "0"], {"from_local": False}),
-        (["--same_shots", "false"], {"same_shots": False}),
-        (["--no_same_shots"], {"same_shots": False}),
-        (["--no-same-shots"], {"same_shots": False}),
-    ],
-)
-def test_every_spelling_of_an_option(given, expected):
-    assert parse(*given) == DEFAULTS | expected
-
-
-@pytest.mark.parametrize("given", [["--from_local", "maybe"], ["--learning", "1"], ["--learning_rate", "fast"], ["x"]])
-def test_what_is_no_option_ends_with_one_sentence(given, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(*given)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("test.py: error: ") and said.count("\n") == 1
-
-
-def test_help_shows_one_spelling_of_each_option_in_its_group(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    said = capsys.readouterr().out
-    assert said.index("\nrun:\n") < said.index("\nmodel:\n") < said.index("\nPPO:\n")
-    assert "--output_dir TEXT" in said and "100% of it" in said and "--output-dir" not in said and "--no_" not in said
-    assert "(default: True)" in said and "(default: None)" not in said

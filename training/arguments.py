@@ -6,7 +6,7 @@ from machine.errors import ArgumentError
 from run.arguments import Arguments, divisible, one_of
 from run.parser import option
 
-MAX_STEPS_HELP = "stop after this many steps; 0: when the epochs end; default: by recipe, or 0 with --end_epoch"
+MAX_STEPS_HELP = "number of steps; 0: all epochs; default: by recipe, or 0 with --end_epoch"
 
 
 @dataclass
@@ -15,17 +15,15 @@ class TrainArguments(Arguments):
 
     learning_rate: float | None = option(None, "training", "learning rate of the adapter; default: by recipe")
     start_epoch: int = option(0, "training", "number of the first epoch")
-    end_epoch: int | None = option(
-        None, "training", "train up to this epoch, which is not included; default: one epoch"
-    )
+    end_epoch: int | None = option(None, "training", "epoch to stop before; default: --start_epoch + 1")
     max_steps: int | None = option(None, "training", MAX_STEPS_HELP)
     repeat_time: int | None = option(None, "training", "samples per prompt; default: by recipe")
-    save_methods: str = option("epoch", "evaluation and saving", "save a checkpoint by step or by epoch")
-    save_freq: int = option(20, "evaluation and saving", "steps from one checkpoint to the next, with step")
-    checkpoint_rate: int = option(1, "evaluation and saving", "epochs from one checkpoint to the next, with epoch")
-    eval_steps: int = option(0, "evaluation and saving", "steps from one evaluation to the next; 0: none in between")
+    save_methods: str = option("epoch", "evaluation and saving", "when to save checkpoints: step or epoch")
+    save_freq: int = option(20, "evaluation and saving", "steps between checkpoints, with --save_methods step")
+    checkpoint_rate: int = option(1, "evaluation and saving", "epochs between checkpoints, with --save_methods epoch")
+    eval_steps: int = option(0, "evaluation and saving", "steps between evaluations; 0: only before and after training")
     save_total_limit: int = option(0, "evaluation and saving", "checkpoints to keep beside the best; 0: all")
-    resume: str = option("", "run", "folder of a run to continue from its last checkpoint")
+    resume: str = option("", "run", "folder of the run to continue, from its last checkpoint")
 
 
 POSITIVE = ("learning_rate", "repeat_time", "save_freq", "checkpoint_rate")
