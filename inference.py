@@ -142,7 +142,7 @@ def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[di
 
 def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, method: str, show) -> dict:
     """Answer one task's rows, write its files and say what came out. Returns its summary."""
-    from evaluation import answering, leaderboard, scores
+    from evaluation import answer_spaces, answering, leaderboard, scores
 
     started = time.perf_counter()
     task, rows = job.task, job.rows

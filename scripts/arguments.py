@@ -48,16 +48,18 @@ def reference() -> str:
     for script, kind in KINDS.items():
         parts.append(f"## {script}.py\n")
         for group, members in groupby(options(script), key=lambda option: option[2]):
-            rows = [
-                (f"`--{n}`", "" if default in (None, "") else f"`{default}`", text) for n, default, _, text in members
-            ]
+            rows = [(f"`--{name}`", _code(default), text) for name, default, _, text in members]
             parts.append(_table((group, "default", "meaning"), rows))
         if kind is ppo.PPOArguments:
             parts.append("What `--policy_gradient` decides by recipe:\n")
             names = ppo.RECIPES["expected"]
-            rows = [(f"`--{name}`", *(f"`{recipe[name]}`" for recipe in ppo.RECIPES.values())) for name in names]
+            rows = [(f"`--{name}`", *(_code(recipe[name]) for recipe in ppo.RECIPES.values())) for name in names]
             parts.append(_table(("default by recipe", *ppo.RECIPES), rows))
     return "\n".join(parts)
+
+
+def _code(value) -> str:
+    return "" if value in (None, "") else f"`{value}`"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
