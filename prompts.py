@@ -235,6 +235,13 @@ def build_all(
     return prompts, shortened
 
 
+def row_text(task: Task, row: dict) -> str:
+    """What a row's prompt asks, for people: the row's texts and the question, without instruction and template."""
+    wording = WORDINGS[task.name]
+    fields = {name: str(row[name]) for name in task.fields}
+    return f"{wording.body}\n{wording.question}".format(words=listed(task.words), **fields)
+
+
 def target(task: Task, row: dict) -> str:
     """What the model should write after `<Judgement>` for a labelled row: the label's word and the closing tag."""
     return answer_word(task, row["label"]) + JUDGEMENT_END

@@ -5,8 +5,6 @@ import tempfile
 from array import array
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 import prompts
 from engine.batches import common_prefix
 from engine.engine import Engine
@@ -14,6 +12,7 @@ from evaluation import predict, predictions
 from evaluation.answer_spaces import AnswerFormat
 from evaluation.predictions import Prediction
 from machine import processes
+from machine.terminal import Progress
 from tasks import Task
 
 PROMPTS_AT_ONCE = 1000
@@ -64,9 +63,8 @@ def answer(
         answers = answers[: len(answers) // batch * batch]
     engine.shared_length = common_prefix(prompt_ids)
     main = processes.is_main()
-    bar_options = dict(unit="row", desc=task.name, dynamic_ncols=True, disable=not main)
     with (
-        tqdm(total=len(rows), initial=len(answers), **bar_options) as bar,
+        Progress(task.name, "row", len(rows), len(answers), show=main) as progress,
         open(unfinished, "ab") if main else tempfile.TemporaryFile() as file,
     ):
         if main:
@@ -80,7 +78,7 @@ def answer(
             file.flush()
             os.fsync(file.fileno())
             answers += found
-            bar.update(len(found))
+            progress.advance(len(found))
     if main:
         os.replace(unfinished, final)
     return answers

@@ -1,49 +1,54 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and JSON Lines, which grow line by line."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
+
+from machine.errors import DataError
+
+UNFINISHED_PREFIX = ".new-"  # of what is still being written; a killed run leaves it behind
 
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """Writes beside the target and renames, so that `path` is never half a file."""
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write(file)` on a file beside `path` and rename it: a reader sees the old file or the new one, no part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED_PREFIX}{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".new-{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # temporary files are private
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
+def write_json(path: Path, data: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines of text to a file; on return they are on the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_json_lines(path: Path, convert: Callable[[dict], dict] = dict) -> Iterator[dict]:
     """The converted objects of a JSON Lines file. A last line without its end was cut off by a kill, and is left out.
 
-    Raises ValueError, with the path and the line, for any other line that is not an object or that `convert` refuses.
+    Raises DataError, with the path and the line, for any other line that is not an object or that `convert` refuses.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for number, text in enumerate(file, 1):
             if not text.endswith("\n"):
                 return
@@ -53,7 +58,9 @@ def read_json_lines(path: Path, convert: Callable[[dict], dict] = dict) -> Itera
                     raise ValueError("not an object")
                 line = convert(line)
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} line {number} cannot be read ({error})") from error
+                raise DataError(
+                    f"{path}, line {number} cannot be read ({error}); correct it, or remove it and all lines after it"
+                ) from error
             yield line
 
 
@@ -74,7 +81,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """So that a power cut cannot undo a rename in this folder."""
+    """Bring a folder's entries to the disk, so that a power cut cannot undo a rename in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

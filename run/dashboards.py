@@ -12,7 +12,9 @@ from urllib.parse import urlparse
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from run.progress import GROUPS, RunCallback, gold_text
+from run.progress import GROUPS, RunCallback, episode_record
+
+EPISODES = 8  # in the table, of each evaluation
 
 
 def project() -> str:
@@ -122,11 +124,10 @@ class WandbRun(TrainerCallback):
         callback = self.run_callback
         if self.run is None or callback.trainer is None:
             return
-        for episode in callback.trainer.episodes[:8]:
-            prompt = callback.tokenizer.decode(episode["prompt"])
-            gold = gold_text(episode.get("task", callback.task), episode["row"]["label"])
-            self.rows.append([state.global_step, prompt, episode["answer"], gold, episode["reward"]])
         columns = ["step", "prompt", "answer", "gold", "reward"]
+        for episode in callback.trainer.episodes[:EPISODES]:
+            record = episode_record(episode, callback.task, callback.tokenizer)
+            self.rows.append([state.global_step, *(record[name] for name in columns[1:])])
         table = importlib.import_module("wandb").Table(columns=columns, data=self.rows)
         self._send(state.global_step, {"episodes": table})
 

@@ -1,53 +1,57 @@
-"""history.jsonl: one line per step and per evaluation, and what can be read from it."""
+"""history.jsonl, a line of figures per step and per evaluation, and episodes.jsonl, a few answers of some of them."""
 
 import json
-import os
 from pathlib import Path
 
-from machine.errors import ArgumentError
+from machine.files import append_lines, read_json_lines, write_atomically
+
+HISTORY, EPISODES = "history.jsonl", "episodes.jsonl"
 
 
 def append_history(folder: Path, step: int, figures: dict[str, float]) -> None:
-    """One line of history.jsonl: the step and its figures; on the disk before the checkpoint that counts on it."""
-    line = json.dumps({"step": step, **figures})
-    with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add the figures of a step or an evaluation. They reach the disk before the checkpoint that counts on them."""
+    append_lines(folder / HISTORY, [json.dumps({"step": step, **figures})])
+
+
+def append_episodes(folder: Path, step: int, episodes: list[dict]) -> None:
+    """Add a step's sample episodes."""
+    lines = [json.dumps({"step": step, **episode}, ensure_ascii=False) for episode in episodes]
+    append_lines(folder / EPISODES, lines)
 
 
 def trim_history(folder: Path, step: int) -> None:
-    """Before a resume: drop the lines after the checkpoint's step, which will be written again.
+    """Before a resume: drop what came after the checkpoint's step from both files; it will be written again.
 
-    Raises ArgumentError for a line that cannot be read, unless it is the last one: a kill while it was written.
+    Raises DataError for a line that cannot be read, unless it is the last one: a kill while it was written.
     """
-    if (folder / "history.jsonl").exists():
-        aside = folder / ".new-history.jsonl"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in history(folder) if line["step"] <= step))
-        os.replace(aside, folder / "history.jsonl")
+    for path in (folder / HISTORY, folder / EPISODES):
+        if path.exists():
+            texts, lines = path.read_bytes().split(b"\n"), read_json_lines(path, _with_step)
+            kept = [text + b"\n" for text, line in zip(texts, lines) if line["step"] <= step]
+            write_atomically(path, lambda file, kept=kept: file.writelines(kept))
 
 
 def history(folder: Path) -> list[dict]:
     """The lines of history.jsonl; none before the first evaluation. A last line that was cut off is left out.
 
-    Raises ArgumentError for any other line that is no JSON object with a step.
+    Raises DataError for any other line that is no JSON object with a step.
     """
-    path = folder / "history.jsonl"
-    if not path.exists():
-        return []
-    found, texts = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            line["step"] + 0  # a number, in an object
-        except (ValueError, TypeError, KeyError):
-            if number == len(texts):
-                break
-            raise ArgumentError(
-                f"{path}, line {number} is broken ({text[:40]!r}); put it right, or remove this line and all after it"
-            ) from None
-        found.append(line)
-    return found
+    return _lines(folder / HISTORY)
+
+
+def episodes(folder: Path) -> list[dict]:
+    """The lines of episodes.jsonl: step, row id, prompt, answer, gold and reward. Errors are those of `history`."""
+    return _lines(folder / EPISODES)
+
+
+def _lines(path: Path) -> list[dict]:
+    return list(read_json_lines(path, _with_step)) if path.exists() else []
+
+
+def _with_step(line: dict) -> dict:
+    if not isinstance(line.get("step"), int):
+        raise ValueError("no step")
+    return line
 
 
 def evaluations(folder: Path) -> list[dict[str, float]]:

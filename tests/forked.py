@@ -115,6 +115,7 @@ def contents(folder: Path) -> dict:
     from run import checkpoints
 
     found = {"names": names(folder), "history": lines(folder), "metrics": read(folder / "summary.json")["metrics"]}
+    found["episodes"] = (folder / "episodes.jsonl").read_text(encoding="utf-8")
     for inside in (folder / name for name in ("best", *(path.name for path in checkpoints.checkpoints_of(folder)))):
         manifests.verify(inside)
         for name in FILES:

@@ -22,7 +22,7 @@ from engine import models
 from run import arguments
 from run import folder as run_folder
 from run.folder import make_folder
-from run.history import history
+from run.history import episodes, history
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -141,7 +141,7 @@ def output(folder: Path) -> str:
 def test_a_run_with_labels_leaves_a_summary_a_history_and_checkpoints(processes, tiny_folder):
     folder = processes["labels"]
     summary, history = read(folder)
-    written = {".lock", "run.json", "arguments.json", "summary.json", "history.jsonl"}
+    written = {".lock", "run.json", "arguments.json", "summary.json", "history.jsonl", "episodes.jsonl"}
     written |= {"predictions-before.jsonl", "predictions.jsonl"}
     assert names(folder) == {*written, "best", "step-4", "step-8", "step-10"}
     # command line over YAML over defaults
@@ -172,6 +172,15 @@ def test_a_run_with_labels_leaves_a_summary_a_history_and_checkpoints(processes,
     assert steps[0]["policy/learning_rate"] == pytest.approx(1e-3)
 
 
+def test_sample_episodes_lie_in_the_folder(processes):
+    kept = episodes(processes["labels"])
+    assert [line["step"] for line in kept] == [1, 1, 10, 10]
+    for line in kept:
+        assert {"step", "id", "prompt", "answer", "gold", "reward"} == set(line)
+        assert line["gold"] in ("negative", "positive") and "Review: " in line["prompt"]
+        assert "<|im_" not in line["prompt"] and line["reward"] == (1 if line["gold"] in line["answer"] else -1)
+
+
 def test_a_checkpoint_is_whole(processes):
     files = {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"}
     resumable = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}
@@ -184,7 +193,15 @@ def test_a_checkpoint_is_whole(processes):
 def test_what_is_printed_is_readable(processes):
     text = output(processes["labels"])
     assert "SST: 24 training rows, 8 held out" in text and "held-out" in text and "gold:" in text
-    assert "step 10/10" in text and f"Everything lies in {processes['labels']}" in text
+    assert f"Everything lies in {processes['labels']}" in text
+    figures = r"reward -?\d\.\d{3}  accuracy \d\.\d{3}  invalid 0\.000  entropy \d\.\d{3}  KL -?\d\.\d{3}"
+    for step in range(1, 11):  # one line for each; to a file no bar and no control character
+        left = r"  \d+ s left" if step < 10 else ""
+        (line,) = re.findall(rf"^step {step}/10  reward.*$", text, re.MULTILINE)
+        assert re.fullmatch(rf"step {step}/10  {figures}  \[\w+ \d\.\d\d \w+ \d\.\d\d\]{left}", line), line
+    assert not [character for character in text if ord(character) < 32 and character != "\n"] and "\x7f" not in text
+    assert text.count("  answer: ") == 4 and "<|im_" not in text  # two episodes of the first step, two of the last
+    assert text.count("  | Review: ") == text.count("  | Sentiment (negative or positive):") == 4
     assert "Traceback" not in text and "Warning" not in text, text
 
 

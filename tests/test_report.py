@@ -581,7 +581,7 @@ def test_answers_that_do_not_belong_to_the_summary_are_left_out(made_up):
     found = collect.collect(made_up)
     assert found.skipped == [f"{path} is left out: its answers do not give the metrics of summary.json"]
     path.write_text("".join([*lines[:4], "{oops\n"]))
-    assert f"{path} line 5 cannot be read" in collect.collect(made_up).skipped[0]
+    assert f"{path}, line 5 cannot be read" in collect.collect(made_up).skipped[0]
     path.write_text("".join(lines).replace('"label": "positive"', '"label": "good"'))
     assert collect.collect(made_up).skipped == [f"{path} is left out: 'good' is not a label of SST"]
 

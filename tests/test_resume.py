@@ -16,10 +16,10 @@ import ppo
 import sft
 from engine import models
 from machine import manifests
-from machine.errors import ArgumentError, CheckpointError, ModelError
+from machine.errors import CheckpointError, DataError, ModelError
 from run import checkpoints
 from run.folder import lock
-from run.history import append_history, history, trim_history
+from run.history import append_episodes, append_history, episodes, history, trim_history
 from training import ppo_trainer, sft_trainer
 
 STEPS = 3
@@ -277,7 +277,7 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
         (tmp_path / "history.jsonl").write_text(whole[:-cut])
         trim_history(tmp_path, 9)
         kept = [line["step"] for line in history(tmp_path)]
-        assert kept == ([1, 2, 3] if cut == 1 else [1, 2]), cut
+        assert kept == [1, 2], cut
         append_history(tmp_path, 4, {"train/loss": 0.25})
         assert [line["step"] for line in history(tmp_path)] == [*kept, 4]
     (tmp_path / "history.jsonl").write_bytes(whole.encode() + b"\0\0\0\xff")  # what a power cut can leave
@@ -289,9 +289,19 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(broken, tmp_path):
     text = f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n'
     (tmp_path / "history.jsonl").write_text(text)
-    with pytest.raises(ArgumentError, match=re.escape(f"{tmp_path}/history.jsonl, line 2 is broken")):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/history.jsonl, line 2 cannot be read")):
         trim_history(tmp_path, 1)
     assert (tmp_path / "history.jsonl").read_text() == text
+
+
+def test_episodes_after_the_checkpoint_are_dropped(tmp_path):
+    for step in (1, 11, 21):
+        append_episodes(tmp_path, step, [{"answer": "é"}, {"answer": "yes"}])
+    whole = (tmp_path / "episodes.jsonl").read_bytes()
+    trim_history(tmp_path, 11)
+    assert [line["step"] for line in episodes(tmp_path)] == [1, 1, 11, 11]
+    append_episodes(tmp_path, 21, [{"answer": "é"}, {"answer": "yes"}])
+    assert (tmp_path / "episodes.jsonl").read_bytes() == whole
 
 
 # ------------------------------------------------------------------------------------------- which checkpoints are kept
