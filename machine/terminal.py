@@ -13,7 +13,7 @@ def progress_bar(total: int, done: int, **options) -> tqdm:
 
 def time_left(seconds: float) -> str:
     """40 s left, 3 min left, 2 h 5 min left."""
-    if seconds < 90:
+    if seconds < 60:
         return f"{seconds:.0f} s left"
     minutes = round(seconds / 60)
     return f"{minutes} min left" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min left"

@@ -119,7 +119,7 @@ def test_a_line_has_the_largest_shares():
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0, "0 s left"), (89, "89 s left"), (170, "3 min left"), (5300, "88 min left"), (7500, "2 h 5 min left")],
+    [(59, "59 s left"), (89, "1 min left"), (170, "3 min left"), (5300, "88 min left"), (7500, "2 h 5 min left")],
 )
 def test_time_left(seconds, text):
     assert time_left(seconds) == text

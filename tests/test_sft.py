@@ -155,7 +155,7 @@ def trained(model_folder, data_root, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_checkpoints_history_and_summary(trained):
-    files = {".lock", "run.json", "history.jsonl", "summary.json", "arguments.json"}
+    files = {".lock", "run.json", "history.jsonl", "episodes.jsonl", "summary.json", "arguments.json"}
     files |= {"predictions-before.jsonl", "predictions.jsonl"}
     assert {"step-2", "step-4", "best", *files} == {path.name for path in trained.iterdir()}
     for name in ("step-2", "step-4", "best"):
