@@ -9,6 +9,8 @@ What is left at its default follows RECIPES, which RESULTS.md gives the reasons 
 from dataclasses import dataclass
 from pathlib import Path
 
+import prompts
+import rewards
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
@@ -96,10 +98,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
-    import prompts
-    import rewards
     from engine import models
-    from evaluation import answer_spaces
+    from evaluation.answer_spaces import AnswerFormat
     from machine.memory import training_tokens
     from training import training_run
     from training.ppo_trainer import PPOTrainer
@@ -121,32 +121,26 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     run.announce(shortened + shortened_too, how)
 
     # 4. trainer
-    answer_format = answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format)
-    masked = arguments.answer_space == "labels"
+    reward = rewards.reward_function(
+        task,
+        arguments.reward_correct,
+        arguments.reward_wrong,
+        arguments.reward_invalid,
+        arguments.reward_number,
+        arguments.strict_format,
+        arguments.use_CoT,
+    )
     trainer = PPOTrainer(
-        model,
-        rewards.reward_function(
-            task,
-            arguments.reward_correct,
-            arguments.reward_wrong,
-            arguments.reward_invalid,
-            arguments.reward_number,
-            arguments.strict_format,
-            arguments.use_CoT,
-        ),
-        trainer_config(arguments, run.folder, len(data.train)),
-        [{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
-        tokenizer,
+        model=model,
+        reward_funcs=reward,
+        args=trainer_config(arguments, run.folder, len(data.train)),
+        train_dataset=[{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
+        processing_class=tokenizer,
+        answer_format=AnswerFormat(task, arguments.use_CoT, arguments.strict_format),
         peft_config=models.lora_config(),
-        label_words=task.words,
-        completion=lambda word: word + rewards.JUDGEMENT_END,
-        stop=answer_spaces.analysis_closed if masked else answer_format.stop_rule(early=True),
-        credit=answer_format.label_length,
-        is_correct=answer_format.is_correct,
-        link=answer_spaces.judgement_link(tokenizer),
         compute_metrics=training_run.HeldOutEvaluation(arguments, [data], run.folder, arguments.strict_format),
-        callbacks=run.callbacks,
         on_save=run.save_start_adapter,
+        callbacks=run.callbacks,
     )
 
     # 5. train, save
@@ -166,7 +160,6 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int):
         # The first step of a warm-up has a rate of 0, so a warm-up as long as the run would train nothing.
         warmup_steps=min(arguments.warmup_steps, settings["max_steps"] - 1),
         answer_space=arguments.answer_space,
-        use_CoT=arguments.use_CoT,
         policy_gradient=arguments.policy_gradient,
         samples_per_prompt=arguments.repeat_time,
         temperature=arguments.model_temperature,

@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import prompts
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
@@ -159,7 +160,6 @@ def dataset(arguments: SFTArguments, data: list[TaskData], tokenizer):
     """
     import datasets
 
-    import prompts
     from evaluation import answer_spaces
     from training.sft_trainer import IGNORED
 

@@ -24,11 +24,19 @@ import ppo
 from benchmarks.compiled import compile_elementwise
 from benchmarks.operations import llama, training_operations
 from engine.batches import common_prefix
+from evaluation.answer_spaces import AnswerFormat
 from run.history import history
 from training import ppo_trainer
 
 SHAPES = ((256, 576, 1536), (1024, 576, 1536), (1024, 1024, 1024), (2048, 2048, 2048))
 TRIES = 10
+
+
+class WholeAnswers(AnswerFormat):
+    """An answer does not end with its label."""
+
+    def stop_rule(self, early: bool = False):
+        return lambda text: False
 
 
 class ClockCallback(TrainerCallback):
@@ -93,10 +101,11 @@ def clock_trainer(callback: ClockCallback, whole_answers: bool) -> None:
     """From now on ppo.py's trainer has the callback."""
 
     class Clocked(ppo_trainer.PPOTrainer):
-        def __init__(self, *positional, callbacks=(), **named):
+        def __init__(self, callbacks=(), **named):
             if whole_answers:
-                named["stop"] = lambda text: False
-            super().__init__(*positional, callbacks=[*callbacks, callback], **named)
+                given = named["answer_format"]
+                named["answer_format"] = WholeAnswers(given.task, given.use_CoT, given.strict_format)
+            super().__init__(callbacks=[*callbacks, callback], **named)
             callback.trainer = self
 
     ppo_trainer.PPOTrainer = Clocked

@@ -4,6 +4,8 @@ import copy
 import math
 import random
 import types
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,44 @@ import tasks
 from engine import models
 from engine.decoding import Sampling
 from engine.trees import Answer, Tree
+from evaluation.answer_spaces import AnswerFormat
 from machine.errors import TrainingError
+from run.checkpoints import step_of
 from run.progress import quiet_trainer
-from training import ppo_trainer
+from tasks import Task
+from training import expected_step, sampled_step
 from training.objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
+from training.ppo_step import KL_SHARE, Step
 from training.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer
 from training.sampler import StratifiedSampler
 
 WORDS = ("no", "yes")
 LONG_WORDS = ("not", "not at all", "yes")
+
+
+@dataclass(frozen=True)
+class OpenFormat(AnswerFormat):
+    """Free answers end where `stop` says, else at the end-of-sequence token or the last token there may be."""
+
+    stop: Callable[[str], bool] = lambda text: False
+    credit: Callable[[str, bool], int | None] | None = None
+
+    def stop_rule(self, early: bool = False) -> Callable[[str], bool]:
+        return self.stop
+
+    def label_length(self, text: str, ended: bool = True) -> int | None:
+        if self.credit is not None:
+            return self.credit(text, ended)
+        return len(text) if text in self.task.words else None
+
+
+def answer_format(words: tuple[str, ...], **how) -> OpenFormat:
+    return OpenFormat(Task("colours", folder="", files={}, columns={}, fields=(), metrics=(), words=words), **how)
+
+
+@pytest.fixture(autouse=True)
+def an_analysis_ends_with_a_word_of_the_tokenizer(monkeypatch):
+    monkeypatch.setattr(rewards, "ANALYSIS_END", "w9")
 
 
 def tokens(text: str) -> list[int]:
@@ -45,10 +76,8 @@ def make_rows(count: int = 16, labels: int = 2) -> list[dict]:
 
 def word_reward(words: tuple[str, ...] = WORDS):
     def right_word(completions, label, **columns) -> list[float]:
-        return [
-            -3.0 if text not in words else 1.0 if text == words[gold] else -1.0
-            for text, gold in zip(completions, label)
-        ]
+        given = [text.removesuffix(rewards.JUDGEMENT_END) for text in completions]
+        return [-3.0 if word not in words else 1.0 if word == words[gold] else -1.0 for word, gold in zip(given, label)]
 
     return right_word
 
@@ -58,42 +87,39 @@ def noisy_reward(completions, id, **columns) -> list[float]:
     return [random.Random(f"{row} {text}").uniform(-1, 1) for text, row in zip(completions, id)]
 
 
-def make_trainer(folder: Path, model=None, reward=None, rows=None, words=WORDS, config=None, **arguments) -> PPOTrainer:
+def make_trainer(
+    folder: Path, model=None, reward=None, rows=None, words=WORDS, config=None, how=None, **arguments
+) -> PPOTrainer:
+    """how: options of OpenFormat."""
     settings = dict(
         output_dir=str(folder), report_to=[], disable_tqdm=True, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="no", use_cpu=True, per_device_train_batch_size=8, dataloader_drop_last=True, max_steps=1,
         learning_rate=1e-3, lr_scheduler_type="linear", max_response_length=4, seed=0,
     )  # fmt: skip
-    arguments.setdefault("credit", lambda text, ended: len(text) if text in words else None)
     trainer = PPOTrainer(
         with_lora(tiny_model()) if model is None else model,
         reward or word_reward(words),
         PPOConfig(**{**settings, **(config or {})}),
         rows or make_rows(),
         word_tokenizer(),
-        label_words=words,
+        answer_format(words, **(how or {})),
         **arguments,
     )
     quiet_trainer(trainer)
     return trainer
 
 
-def cot_arguments() -> dict:
-    link = tokens("Answer: w30")
-    return dict(link=lambda answer: (link, " Answer: w30 "), stop=lambda text: "w9" in text.split())
-
-
 MODES = {
     "labels": dict(answer_space="labels", policy_gradient="sampled"),
     "free": dict(answer_space="free", policy_gradient="sampled"),
-    "analysis": dict(answer_space="labels", policy_gradient="sampled", use_CoT=True),
+    "analysis": dict(answer_space="labels", policy_gradient="sampled"),
 }
 
 
-def mode_trainer(folder: Path, mode: str, config=None, **arguments) -> PPOTrainer:
-    more = cot_arguments() if mode == "analysis" else {}
+def mode_trainer(folder: Path, mode: str, config=None, how=None, **arguments) -> PPOTrainer:
+    how = {"use_CoT": mode == "analysis", **(how or {})}
     config = {**MODES[mode], "samples_per_prompt": 3, **(config or {})}
-    return make_trainer(folder, reward=noisy_reward, words=LONG_WORDS, config=config, **more, **arguments)
+    return make_trainer(folder, reward=noisy_reward, words=LONG_WORDS, config=config, how=how, **arguments)
 
 
 def policy_weights(model) -> dict[str, torch.Tensor]:
@@ -224,27 +250,28 @@ def test_labels_may_be_numbers_or_missing(tmp_path):
 # ------------------------------------------------------------------------------------------ log-probs, ratio, rewards
 
 
-def caught_rollout(trainer: PPOTrainer, rows: list[dict]) -> ppo_trainer.Rollout:
+def caught_rollout(trainer: PPOTrainer, rows: list[dict]) -> sampled_step.Rollout:
     """One training step without the optimizer's; returns its rollout."""
-    caught, rollout = [], trainer._rollout
-    trainer._rollout = lambda *args: caught.append(rollout(*args)) or caught[-1]
-    trainer.model.zero_grad()
-    trainer.training_step(trainer.model, {"rows": rows})
+    caught, roll_out = [], sampled_step.roll_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampled_step, "roll_out", lambda step: caught.append(roll_out(step)) or caught[-1])
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, {"rows": rows})
     return caught[0]
 
 
-def plain_log_probs(trainer: PPOTrainer, rollout: ppo_trainer.Rollout) -> torch.Tensor:
+def plain_log_probs(trainer: PPOTrainer, rollout: sampled_step.Rollout) -> torch.Tensor:
     """(actions,) log-probabilities, each from a forward of its own over the whole sequence."""
     found, temperature = [], trainer.args.temperature
-    compact = trainer.trie is not None and not trainer.args.use_CoT
+    trie = trainer.policy.trie
     for p, node, column in zip(rollout.prompt.tolist(), rollout.node.tolist(), rollout.column.tolist()):
         tree = rollout.trees[p]
         ids = torch.tensor([rollout.prompts[p] + tree.path(node)])
         logits = trainer.model(input_ids=ids).logits[0, -1] / temperature
         allowed, token = tree.allowed.get(node, list(range(len(logits)))), column
-        if compact:
-            allowed = [t for t, free in zip(trainer.trie.vocabulary, trainer.trie.mask[node] == 0) if free]
-            token = trainer.trie.vocabulary[column]
+        if trainer.policy.only_labels:
+            allowed = [t for t, free in zip(trie.vocabulary, trie.mask[node] == 0) if free]
+            token = trie.vocabulary[column]
         found.append(torch.log_softmax(logits[allowed], -1)[allowed.index(token)])
     return torch.stack(found)
 
@@ -254,9 +281,9 @@ def plain_log_probs(trainer: PPOTrainer, rollout: ppo_trainer.Rollout) -> torch.
 def test_one_distribution_for_sampling_updates_and_reference(mode, temperature, tmp_path):
     """Old log-probs, the ratio, the gradient and the KL all agree with plain forwards at the same temperature."""
     trainer = mode_trainer(tmp_path, mode, {"temperature": temperature, "kl_coef": 0.1, "tokens_per_micro_batch": 40})
-    ratios, surrogate = [], ppo_trainer.clipped_surrogate
+    ratios, surrogate = [], sampled_step.clipped_surrogate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_trainer, "clipped_surrogate", lambda r, *rest: ratios.append(r) or surrogate(r, *rest))
+        patch.setattr(sampled_step, "clipped_surrogate", lambda r, *rest: ratios.append(r) or surrogate(r, *rest))
         rollout = caught_rollout(trainer, make_rows(8))
     ratio = torch.cat(ratios)
     assert len(ratios) > 1 and len(ratio) == len(rollout.node)
@@ -271,13 +298,13 @@ def test_one_distribution_for_sampling_updates_and_reference(mode, temperature, 
     with trainer.model.disable_adapter():
         reference = plain_log_probs(trainer, rollout)
     kl = float((log_probs - reference).mean().detach())
-    assert trainer._step_metrics["objective/kl"] == pytest.approx(kl, abs=1e-4) and abs(kl) > 1e-3
+    assert trainer.step_metrics["objective/kl"] == pytest.approx(kl, abs=1e-4) and abs(kl) > 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_only_the_first_update_has_a_ratio_of_one(mode, tmp_path, monkeypatch):
-    ratios, surrogate = [], ppo_trainer.clipped_surrogate
-    monkeypatch.setattr(ppo_trainer, "clipped_surrogate", lambda r, *rest: ratios.append(r) or surrogate(r, *rest))
+    ratios, surrogate = [], sampled_step.clipped_surrogate
+    monkeypatch.setattr(sampled_step, "clipped_surrogate", lambda r, *rest: ratios.append(r) or surrogate(r, *rest))
     trainer = mode_trainer(tmp_path, mode, {"ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-2})
     trainer.train()
     assert len(ratios) == 4
@@ -349,37 +376,38 @@ def test_an_update_that_runs_out_of_memory_is_begun_again(mode, tmp_path):
 def test_nothing_in_an_update_waits_for_a_card(mode, device, tmp_path, monkeypatch):
     """Torch's meta device has no numbers, so reading one there is an error; a card also notices copies that wait."""
 
-    class Done(Exception):
+    class Update(Exception):
         pass
 
-    def one_update(count, update):
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            raise Done(update(list(range(count)), list(range(count))))
-        finally:
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+    def stop(self, add_gradient):
+        raise Update(add_gradient)
 
     config = {"policy_gradient": "expected", "entropy_coef": 0.1, "kl_coef": 0.1}
     trainer = make_trainer(tmp_path, config=config) if mode == "expected" else mode_trainer(tmp_path, mode)
-    trainer.generator, trainer.first = torch.Generator().manual_seed(0), 0
-    rows = make_rows(8)
-    prompts = [row["prompt_ids"] for row in rows]
-    if mode != "expected":
-        rollout = trainer._rollout(rows, prompts)
-        rollout.kept = None
-        for name in ("column", "log_probs", "values", "advantages", "returns"):
-            setattr(rollout, name, getattr(rollout, name).to(device))
-        monkeypatch.setattr(trainer, "_rollout", lambda rows, prompts: rollout)
+    monkeypatch.setattr(Step, "update", stop)
+    step = Step(trainer, make_rows(8))
+    with pytest.raises(Update) as caught:
+        (expected_step.expected_step if mode == "expected" else sampled_step.sampled_step)(step)
+    add_gradient = caught.value.args[0]
+    known = add_gradient.args[1]  # what the step knows of its rollout
+    if mode == "expected":
+        names = ("rewards", "reference", "old")
+    else:
+        names, known.kept = ("column", "log_probs", "values", "advantages", "returns"), None
+    for name in names:
+        setattr(known, name, getattr(known, name).to(device))
     trainer.model.to(device)
     trainer.engine.packed, trainer.engine._columns = False, {}  # rows are packed on the CPU only
     monkeypatch.setattr(PPOConfig, "device", torch.device(device))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)  # knows no meta device
-    monkeypatch.setattr(trainer, "_updates", one_update)
-    with pytest.raises(Done) as done:
-        (trainer._expected_step if mode == "expected" else trainer._sampled_step)(rows, prompts)
-    assert done.value.args[0]["loss"].device.type == device
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = add_gradient(list(range(8)), list(range(8)))
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert sums["loss"].device.type == device
     assert all(p.grad is not None for n, p in trainer.model.named_parameters() if "lora_" in n)
 
 
@@ -407,9 +435,9 @@ def test_only_a_choice_among_labels_earns_the_entropy_bonus(mode, tmp_path):
     for tree in rollout.trees:
         nodes = torch.arange(len(tree))
         states = [torch.randn(len(tree), trainer.model.config.hidden_size)]
-        (log_probs,) = trainer.log_distributions(states, [tree])
+        (log_probs,) = trainer.policy.log_distributions(states, [tree])
         allowed = [tree.allowed.get(node) for node in nodes.tolist()]
-        entropy, paid = trainer._entropy(log_probs, nodes, allowed)
+        entropy, paid = trainer.policy.entropy(log_probs, nodes, allowed)
         if mode == "labels":
             chosen = set(nodes.tolist())
         elif mode == "free":
@@ -447,11 +475,15 @@ def test_the_token_that_completes_the_label_earns_the_reward(tmp_path):
     def credit(text, ended):
         return next((len(word) for word in ("not at all", "yes") if text.startswith(word)), None)
 
-    trainer = make_trainer(tmp_path, config={"answer_space": "free", "policy_gradient": "sampled"}, credit=credit)
+    trainer = make_trainer(
+        tmp_path, config={"answer_space": "free", "policy_gradient": "sampled"}, how={"credit": credit}
+    )
+    step = types.SimpleNamespace(trainer=trainer, engine=trainer.engine)
 
     def credited(text: str, ended: bool = False, label: int | None = None) -> int:
         ids = tokens(text)
-        return trainer._credited(Answer(ids, list(range(len(ids))), ended, text.removesuffix(" <eos>"), label))
+        answer = Answer(ids, list(range(len(ids))), ended, text.removesuffix(" <eos>"), label)
+        return sampled_step.earning_token(step, answer)
 
     assert credited("yes w1 w2") == 0
     assert credited("not at all w1") == 2
@@ -475,7 +507,7 @@ def test_the_reward_stands_where_it_is_earned(tmp_path):
         return len(first[0]) if first and int(VOCABULARY[first[0]]) % 2 else None
 
     config = {"answer_space": "free", "policy_gradient": "sampled", "gamma": 0.5, "samples_per_prompt": 4}
-    trainer = make_trainer(tmp_path, reward=watching, config=config, credit=credit)
+    trainer = make_trainer(tmp_path, reward=watching, config=config, how={"credit": credit})
     rollout = caught_rollout(trainer, make_rows(8))
     start, kinds = 0, set()
     decode = trainer.processing_class.decode
@@ -494,7 +526,9 @@ def test_the_reward_stands_where_it_is_earned(tmp_path):
 
 
 def test_the_kl_is_subtracted_token_by_token(tmp_path):
-    trainer = mode_trainer(tmp_path, "free", {"kl_coef": 0.3, "samples_per_prompt": 1}, credit=lambda text, ended: None)
+    trainer = mode_trainer(
+        tmp_path, "free", {"kl_coef": 0.3, "samples_per_prompt": 1}, how={"credit": lambda text, ended: None}
+    )
     trainer.reward_funcs = [lambda completions, **columns: [float(i) for i in range(len(completions))]]
     rollout = caught_rollout(trainer, make_rows(8))
     log_probs = plain_log_probs(trainer, rollout)
@@ -604,10 +638,10 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(kl_coef, entropy_c
         kls.append(float(kl.detach()))
     (-objective).backward()
     assert error(found, policy_gradient(model)) < 1e-4
-    logged = trainer._step_metrics
+    logged = trainer.step_metrics
     assert logged["objective/reward"] == pytest.approx(reward_mean, abs=1e-4)
     assert logged["objective/entropy"] == pytest.approx(sum(entropies) / len(rows), abs=1e-4)
-    measured = kls if kl_coef else kls[: len(rows) // ppo_trainer.KL_SHARE]
+    measured = kls if kl_coef else kls[: len(rows) // KL_SHARE]
     assert logged["objective/kl"] == pytest.approx(sum(measured) / len(measured), abs=1e-4)
     assert sum(value for name, value in logged.items() if "share/" in name) == pytest.approx(1.0, abs=1e-4)
     # At a ratio of 1 the advantages' mean under the policy is 0: what is left of the loss is the entropy.
@@ -686,15 +720,15 @@ def test_the_fallback_trains_too(tmp_path):
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    for config, words, message in [
-        ({}, (), "at least two label_words"),
-        ({"num_minibatches": 3}, WORDS, "cannot be divided"),
-        ({"answer_space": "free"}, WORDS, "needs answer_space='labels'"),
-        ({"use_CoT": True}, WORDS, "needs answer_space='labels' without use_CoT"),
-        ({}, ("no", "no"), "same spelling"),
+    for config, words, how, message in [
+        ({}, (), {}, "at least two words"),
+        ({"num_minibatches": 3}, WORDS, {}, "cannot be divided"),
+        ({"answer_space": "free"}, WORDS, {}, "needs answer_space='labels'"),
+        ({}, WORDS, {"use_CoT": True}, "needs answer_space='labels' without use_CoT"),
+        ({}, ("no", "no"), {}, "spells the label 'no' of colours like 'no'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path, words=words, config=config)
+            make_trainer(tmp_path, words=words, config=config, how=how)
 
 
 @pytest.mark.parametrize("mode", ["expected", "labels", "free"])
@@ -722,7 +756,7 @@ class At(TrainerCallback):
 @pytest.mark.parametrize("mode", ["expected", *MODES])
 def test_nan_stops_with_the_step_and_the_last_checkpoint(mode, tmp_path):
     config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **MODES.get(mode, {})}
-    trainer = make_trainer(tmp_path, config=config, **(cot_arguments() if mode == "analysis" else {}))
+    trainer = make_trainer(tmp_path, config=config, how={"use_CoT": mode == "analysis"})
 
     def poison(control):
         weight = next(p for n, p in trainer.model.named_parameters() if "lora_A" in n)
@@ -765,10 +799,13 @@ def test_resume_equals_a_straight_run_bit_for_bit(mode, tmp_path):
 
     def trainer_in(name: str) -> PPOTrainer:
         torch.manual_seed(99)  # the adapter's start is another one each time: resuming must not depend on it
-        more = cot_arguments() if mode == "analysis" else {}
         evaluate = lambda engine: {"score": float(engine.states([[5, 6]], [Tree()])[0].sum())}  # noqa: E731
         return make_trainer(
-            tmp_path / name, model=with_lora(tiny_model()), config=config, compute_metrics=evaluate, **more
+            tmp_path / name,
+            model=with_lora(tiny_model()),
+            config=config,
+            compute_metrics=evaluate,
+            how={"use_CoT": mode == "analysis"},
         )
 
     straight = trainer_in("straight")
@@ -778,7 +815,7 @@ def test_resume_equals_a_straight_run_bit_for_bit(mode, tmp_path):
     broken.train()
     resumed = trainer_in("broken")
     checkpoint = resumed.last_checkpoint()
-    assert checkpoint == tmp_path / "broken" / "step-3" and resumed.step_of(checkpoint) == 3
+    assert checkpoint == tmp_path / "broken" / "step-3" and step_of(checkpoint) == 3
     head = load_file(checkpoint / VALUE_HEAD_FILE)
     assert (float(head["weight"].norm()) > 0) == (mode != "expected")
     torch.manual_seed(7)
@@ -835,7 +872,7 @@ def test_checkpoints_by_epoch(tmp_path):
     trainer = make_trainer(tmp_path, config=config)  # 16 rows, 8 per step: an epoch is two steps
     trainer.train()
     assert {path.name for path in tmp_path.iterdir()} == {"epoch-4", "epoch-5", "step-5"}
-    assert trainer.step_of(tmp_path / "epoch-5") == 4 and trainer.step_of(None) == 0
+    assert step_of(tmp_path / "epoch-5") == 4 and step_of(None) == 0
 
 
 # -------------------------------------------------------------------------------------------------- a task to learn
@@ -868,15 +905,17 @@ def test_a_toy_task_is_learned(mode, tmp_path):
         prompts = [row["prompt_ids"] for row in rows]
         answers = trainer.engine.generate(prompts, Sampling(lambda text: True, 1))[1]
         if mode != "free":
-            states = trainer.engine.states(prompts, [trainer.trie.tree] * len(prompts))
-            chosen = [x[0].argmax() for x in trainer.log_distributions(states, [trainer.trie.tree] * len(states))]
+            states = trainer.engine.states(prompts, [trainer.policy.trie.tree] * len(prompts))
+            chosen = [
+                x[0].argmax()
+                for x in trainer.policy.log_distributions(states, [trainer.policy.trie.tree] * len(states))
+            ]
             return sum(WORDS[int(c)] == WORDS[row["label"]] for c, row in zip(chosen, rows)) / len(rows)
         return sum(answer.text == WORDS[row["label"]] for (answer,), row in zip(answers, rows)) / len(rows)
 
     trainer = make_trainer(
-        tmp_path, model, rows=rows, config=config, peft_config=models.lora_config(), stop=lambda text: True,
-        is_correct=lambda text, ended, row: text == WORDS[row["label"]],
-    )  # fmt: skip
+        tmp_path, model, rows=rows, config=config, peft_config=models.lora_config(), how={"stop": lambda text: True}
+    )
     before = accuracy()
     trainer.train()
     assert before < 0.8 and accuracy() >= 0.95

@@ -1,4 +1,4 @@
-"""What the PPO and SFT trainers share: held-out evaluation, checkpoints, resume."""
+"""What the PPO and SFT trainers share: evaluation on held-out rows, checkpoints, resume."""
 
 import contextlib
 import os
@@ -28,10 +28,14 @@ PICKLE = "training_args.bin"  # Trainer leaves it, nothing reads it, and to look
 class RunTrainer:
     """Stands before a Trainer in a class's bases.
 
-    The class sets `engine` (on the model in training), `evaluation` (`(engine) -> dict` of held-out figures, whose
-    `score` decides what is best), `on_save` (called with every checkpoint's folder before it counts as written) and
-    `samples_per_step` (of all processes);
-    its arguments have `save_methods` ("step" or "epoch") and `epoch_offset` (the number of the first epoch).
+    The class sets the attributes below; its arguments have `save_methods` ("step" or "epoch") and `epoch_offset` (the
+    number of the first epoch).
+
+    Attributes:
+        engine: on the model in training.
+        evaluation: `(engine) -> dict` of held-out figures, whose `score` decides what is best.
+        on_save: called with every checkpoint's folder before it counts as written.
+        samples_per_step: of all processes.
     """
 
     engine: Engine
@@ -41,7 +45,10 @@ class RunTrainer:
     saved_step: int | None = None  # of the last checkpoint that was written or loaded
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train up to `max_steps`, from a checkpoint if there is one; one that is there already is only loaded."""
+        """Train up to `max_steps`, from a checkpoint if there is one; one with so many steps is only loaded.
+
+        TrainingError for a checkpoint that could only be loaded by running code from it.
+        """
         sharding.hide_frozen(self.model)
         if checkpoint is None:
             self.train()
@@ -52,7 +59,7 @@ class RunTrainer:
                 self.train(resume_from_checkpoint=str(checkpoint))
             except pickle.UnpicklingError as error:
                 raise TrainingError(
-                    f"{checkpoint} holds a file that is loaded only by running code from it, which is not done "
+                    f"{checkpoint} holds a file that can only be loaded by running code from it, which is not done "
                     f"({str(error).splitlines()[0]}); this program did not write it"
                 ) from error
         else:  # Trainer would do one step more
@@ -78,7 +85,7 @@ class RunTrainer:
         return metrics
 
     def so_far(self) -> dict[str, float]:
-        """What every line of the dashboards says beside its own figures: samples seen, the most memory held."""
+        """Figures of every line of the dashboards: samples seen so far, and peak memory."""
         samples = self.state.global_step * self.samples_per_step
         return {"train/samples": samples, "time/peak_memory_bytes": processes.peak_memory_bytes()}
 
@@ -95,33 +102,32 @@ class RunTrainer:
         """The checkpoint of this run with the most steps; None if there is none yet."""
         return max(checkpoints_of(Path(self.args.output_dir)), key=step_of, default=None)
 
-    step_of = staticmethod(step_of)
-
-    def _last_checkpoint_text(self) -> str:
+    def failure(self, what: str, way_out: str = "") -> TrainingError:
+        """The error that ends the run in this step: what happened, where the last checkpoint lies, and the way out."""
         checkpoint = self.last_checkpoint()
-        return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        left = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        text = f"{what} at step {self.state.global_step + 1}; {left}"
+        return TrainingError(f"{text}. {way_out}" if way_out else text)
 
     @contextlib.contextmanager
     def enough_memory(self, way_out: str) -> Iterator[None]:
-        """Memory that is not enough for one row becomes a TrainingError with the step and the ways back and out."""
+        """Running out of memory with one row at a time becomes a TrainingError."""
         try:
             yield
         except MemoryError as error:
-            step = self.state.global_step + 1
-            raise TrainingError(f"{error} at step {step}; {self._last_checkpoint_text()}. {way_out}") from error
+            raise self.failure(str(error), way_out) from error
 
     @contextlib.contextmanager
-    def named_failure(self, what: str) -> Iterator[None]:
-        """What a function of the user's raises becomes a TrainingError with the place, the step and the way back."""
+    def named_failure(self, name: str) -> Iterator[None]:
+        """Whatever a user's function raises becomes a TrainingError with the function's name and the line."""
         try:
             yield
         except TrainingError:
             raise
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise TrainingError(
-                f"{what} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}) at step "
-                f"{self.state.global_step + 1}; {self._last_checkpoint_text()}"
+            raise self.failure(
+                f"{name} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
             ) from error
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -149,7 +155,7 @@ class RunTrainer:
                 remove_folder(old)
 
     def _write_folder(self, name: str, write: Callable[[str], None], **about) -> None:
-        """Write a folder of the run aside and move it into its place, so that it is there whole or not at all.
+        """Write a folder of the run under another name and rename it, so that it is there whole or not at all.
 
         TrainingError if it cannot be written (the disk is full, say); nothing of it is left then.
         """
@@ -162,7 +168,7 @@ class RunTrainer:
                 # peft asks the hub whether the base's vocabulary was changed; it was not, and there may be no hub.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
                 write(str(aside))
-            processes.all_gather([name])  # all have written what is theirs
+            processes.all_gather([name])  # a barrier: every process has written its part
             processes.broadcast_from_main(lambda: self._move_into_place(aside, name, about))
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
@@ -176,7 +182,7 @@ class RunTrainer:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _move_into_place(self, aside: Path, name: str, about: dict) -> None:
-        """Complete a folder that was written aside, and give it its name."""
+        """Complete a folder that was written under another name, and give it its own."""
         run = Path(self.args.output_dir)
         inner = aside / f"checkpoint-{self.state.global_step}"  # Trainer's own name
         if inner.is_dir():

@@ -14,7 +14,6 @@ from trl import SFTConfig, SFTTrainer
 from engine.engine import Engine
 from engine.trees import Tree
 from machine import processes
-from machine.errors import TrainingError
 from machine.memory import training_tokens
 from training.run_trainer import RunTrainer
 
@@ -32,7 +31,12 @@ class RunConfig(SFTConfig):
 
 
 class Finetuner(RunTrainer, SFTTrainer):
-    """SFTTrainer with the evaluation, the checkpoints and the names of figures that ppo.py has."""
+    """SFTTrainer with the evaluation, the checkpoints and the names of figures that ppo.py has.
+
+    Args (all others are SFTTrainer's):
+        evaluate_with: `(engine) -> dict` of held-out figures, whose `score` decides what is best.
+        on_save: called with every checkpoint's folder before it counts as written.
+    """
 
     def __init__(self, *args, evaluate_with, on_save, **kwargs):
         super().__init__(*args, **kwargs)
@@ -40,7 +44,7 @@ class Finetuner(RunTrainer, SFTTrainer):
         tokens = self.args.tokens_per_micro_batch or training_tokens(self.model)
         self.engine = Engine(self.model, self.processing_class, tokens)
         self.episodes: list[dict] = []  # of the last evaluation
-        self.started = 0.0
+        self.started: float | None = None  # when the step's first micro-batch began
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.started = self.started or time.perf_counter()
@@ -50,41 +54,19 @@ class Finetuner(RunTrainer, SFTTrainer):
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
-                "Lower --learning_rate"
-            )
+            raise self.failure(f"the loss is {float(loss)}", "Lower --learning_rate")
         return loss
 
     def _shared_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy of the answers' tokens, its gradient added to the weights'. Inputs (batch, tokens)."""
         self.model.train()
-        prompts, answers = [], []
-        for ids, labels, mask in zip(*(inputs[name].cpu() for name in ("input_ids", "labels", "attention_mask"))):
-            ids, size = ids[mask.bool()].tolist(), int((labels != IGNORED).sum())
-            prompts.append(ids[:-size])
-            answers.append(ids[-size:])
-        # Node t of a row's tree is the state after t tokens of its answer, and predicts the next one.
-        trees = [Tree([-1, *a[:-1]], [*range(-1, len(a) - 1)], [*range(len(a))]) for a in answers]
+        prompts, answers = prompts_and_answers(inputs)
         total = sum(processes.all_gather([sum(map(len, answers))]))  # answer tokens of all processes
 
         def from_zero() -> torch.Tensor:
-            """(loss, right tokens, entropy), summed; processes do not meet in here, as one alone may begin it again."""
+            # No collective in here: a process that runs out of memory begins again alone.
             self.model.zero_grad()
-            sums = torch.zeros(3, device=self.args.device)
-            for rows, states in self.engine.training_batches(prompts, trees):
-                places = [(place, t) for place, row in enumerate(rows) for t in range(len(answers[row]))]
-                place, node = (torch.tensor(numbers, device=states.device) for numbers in zip(*places))
-                gold = torch.tensor([token for row in rows for token in answers[row]], device=states.device)
-                log_probs = torch.log_softmax(
-                    self.engine.logits(states[place, node]), dim=-1
-                )  # (answer tokens, vocabulary)
-                part = torch.nn.functional.nll_loss(log_probs, gold, reduction="sum") / total
-                self.accelerator.backward(part)
-                with torch.no_grad():
-                    right = (log_probs.argmax(-1) == gold).sum()
-                    sums += torch.stack([part, right, -(log_probs.exp() * log_probs).sum()])
-            return sums
+            return self._add_gradient(prompts, answers, total)
 
         sums = self.engine.retry_with_smaller_batches(from_zero)
         processes.add_gradients(self.model.parameters())
@@ -92,6 +74,24 @@ class Finetuner(RunTrainer, SFTTrainer):
         self._metrics["train"]["mean_token_accuracy"].append(correct / total)
         self._metrics["train"]["entropy"].append(entropy / total)
         return torch.tensor(loss, device=self.args.device)
+
+    def _add_gradient(self, prompts: list[list[int]], answers: list[list[int]], total: int) -> torch.Tensor:
+        """The gradient of these rows' share of a mean over `total` tokens. Returns (3,): loss, correct tokens and
+        entropy, summed."""
+        # Node t of a row's tree is the state after t tokens of its answer, and predicts the next one.
+        trees = [Tree([-1, *a[:-1]], [*range(-1, len(a) - 1)], [*range(len(a))]) for a in answers]
+        sums = torch.zeros(3, device=self.args.device)
+        for rows, states in self.engine.training_batches(prompts, trees):
+            positions = [(line, t) for line, row in enumerate(rows) for t in range(len(answers[row]))]
+            line, node = (torch.tensor(numbers, device=states.device) for numbers in zip(*positions))
+            gold = torch.tensor([token for row in rows for token in answers[row]], device=states.device)
+            log_probs = torch.log_softmax(self.engine.logits(states[line, node]), dim=-1)  # (tokens, vocabulary)
+            loss = torch.nn.functional.nll_loss(log_probs, gold, reduction="sum") / total
+            self.accelerator.backward(loss)
+            with torch.no_grad():
+                correct = (log_probs.argmax(-1) == gold).sum()
+                sums += torch.stack([loss, correct, -(log_probs.exp() * log_probs).sum()])
+        return sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's and SFTTrainer's figures under the names of the dashboards."""
@@ -107,10 +107,21 @@ class Finetuner(RunTrainer, SFTTrainer):
                 **self.so_far(),
             }
             self._metrics["train"].clear()
-            self.started = 0.0
+            self.started = None
         Trainer.log(self, logs, start_time)
 
     @property
     def samples_per_step(self) -> int:
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.count()
+
+
+def prompts_and_answers(inputs: dict[str, torch.Tensor]) -> tuple[list[list[int]], list[list[int]]]:
+    """(batch, tokens) input_ids, labels and attention_mask -> token ids of each row's prompt and answer. The labels are
+    the answer's, which is what the row ends with."""
+    prompts, answers = [], []
+    for ids, labels, mask in zip(*(inputs[name].cpu() for name in ("input_ids", "labels", "attention_mask"))):
+        ids, size = ids[mask.bool()].tolist(), int((labels != IGNORED).sum())
+        prompts.append(ids[:-size])
+        answers.append(ids[-size:])
+    return prompts, answers

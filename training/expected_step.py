@@ -1,0 +1,126 @@
+"""A PPO step that sums over all labels in place of sampling answers.
+
+Sum over all actions: Asadi et al. 2017 (https://arxiv.org/abs/1709.00503), Ciosek and Whiteson 2018
+(https://arxiv.org/abs/1801.05134). An advantage is a label's reward minus the mean reward under the old policy, so no
+critic is needed.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from machine import processes
+from training.objectives import clipped_surrogate
+from training.ppo_step import Step, add
+
+
+@dataclass
+class LabelTable:
+    """What is known of every prompt's labels, each (prompts, labels) on the model's device."""
+
+    rewards: torch.Tensor
+    reference: torch.Tensor  # log-probabilities; 0 for a prompt that is not measured
+    old: torch.Tensor  # log-probabilities under the policy of the rollout
+    known: set[int]  # the prompts whose old log-probabilities are there
+
+
+def expected_step(step: Step) -> float:
+    """The clipped surrogate summed over all labels, weighted by the old policy. Returns the mean loss."""
+    # 1. roll out: nothing is sampled, and the first update's own forward gives the old policy, as nothing has changed.
+    texts = step.trainer.label_texts
+
+    # 2. rewards of all labels
+    flat = step.rewards(list(texts) * len(step.rows), [row for row in step.rows for _ in texts])
+    label_rewards = torch.tensor(flat).view(len(step.rows), len(texts))
+    rewards = step.engine.to_device(label_rewards)
+
+    # 3. KL: the reference's log-probabilities
+    table = LabelTable(rewards, reference_log_probs(step, rewards), torch.zeros_like(rewards), set())
+
+    # 4. and 5. advantages and updates
+    sums = step.update(functools.partial(add_gradient, step, table))
+
+    # 6. log
+    log(step, table, sums)
+    words = step.trainer.label_words
+    step.episodes = [
+        {"prompt": prompt, "answer": words[best], "reward": float(of_labels[best]), "row": row}
+        for prompt, best, of_labels, row in zip(step.prompts, table.old.argmax(-1).tolist(), label_rewards, step.rows)
+    ]
+    return sums["loss"] / passes(step)
+
+
+@torch.no_grad()
+def reference_log_probs(step: Step, like: torch.Tensor) -> torch.Tensor:
+    """(prompts, labels), as `like`: log-probabilities under the reference, 0 for a prompt that is not measured."""
+    trees = [step.policy.trie.tree] * step.measured
+    found = torch.zeros_like(like)
+    for i, states in enumerate(step.engine.states(step.prompts[: step.measured], trees, reference=True)):
+        found[i] = step.policy.label_log_probs(states[None])[0]
+    return found
+
+
+def add_gradient(step: Step, table: LabelTable, mine: list[int], minibatch: list[int]) -> dict:
+    """The gradient of a minibatch (see Step.update). Returns sums over its prompts."""
+    args, sums = step.args, {}
+    prompts, trees = [step.prompts[i] for i in mine], [step.policy.trie.tree] * len(mine)
+    for places, states in step.engine.training_batches(prompts, trees):
+        numbers = [mine[p] for p in places]
+        index = step.engine.to_device(torch.tensor(numbers))
+        new = step.policy.label_log_probs(states)  # (rows, labels)
+        if not table.known.issuperset(numbers):  # only in a row's first update, whose policy is the old one
+            table.old[index] = new.detach()
+            table.known.update(numbers)
+        old = table.old[index]
+        q = table.rewards[index] - args.kl_coef * (old - table.reference[index])
+        advantage = q - (old.exp() * q).sum(-1, keepdim=True)
+        ratio = torch.exp(new - old)
+        surrogate = (old.exp() * clipped_surrogate(ratio, advantage, args.clip_range)).sum(-1)
+        entropy = -(new.exp() * new).sum(-1)
+        loss = -(surrogate + args.entropy_coef * entropy).sum() / len(minibatch)
+        step.trainer.accelerator.backward(loss)
+        with torch.no_grad():
+            figures = {
+                "loss": loss * len(minibatch),
+                "entropy": entropy.sum(),
+                "clip": (old.exp() * ((ratio - 1).abs() > args.clip_range)).sum(),
+                "approx_kl": (old.exp() * (old - new)).sum(),
+            }
+            add(sums, figures)
+    return sums
+
+
+def log(step: Step, table: LabelTable, sums: dict[str, float]) -> None:
+    """The step's figures, over the prompts of all processes."""
+    chance = table.old.exp()
+    drift = (chance * (table.old - table.reference)).sum(-1)[: step.measured]
+    here = chance, table.rewards, drift, expected_correct(step, chance)
+    chance, rewards, drift, correct = (torch.cat(processes.all_gather([x.cpu()])) for x in here)
+    reward = (chance * rewards).sum(-1)
+    step.log(
+        reward=reward,
+        spread=float((chance * (rewards - reward[:, None]) ** 2).sum(-1).mean().sqrt()),
+        entropy=sums["entropy"] / passes(step),
+        shares={word: float(share) for word, share in zip(step.trainer.label_words, chance.mean(0))},
+        accuracy=float(correct.mean()) if len(correct) else None,
+    )
+    step.metrics |= {
+        "objective/kl": float(drift.mean()),
+        "policy/clip_fraction": sums["clip"] / passes(step),
+        "policy/approx_kl": sums["approx_kl"] / passes(step),
+    }
+
+
+def passes(step: Step) -> int:
+    """How often a prompt of any process was part of an update in this step, all prompts together."""
+    return step.args.ppo_epochs * len(step.prompts) * processes.count()
+
+
+def expected_correct(step: Step, chance: torch.Tensor) -> torch.Tensor:
+    """(prompts, labels) probabilities -> (labelled prompts,) probability of a correct label, on the CPU."""
+    labelled = [i for i, row in enumerate(step.rows) if row.get("label") is not None]
+    correct = [
+        [float(step.is_correct(text, True, step.rows[i])) for text in step.trainer.label_texts] for i in labelled
+    ]
+    return (chance.cpu()[labelled] * torch.tensor(correct).reshape(len(labelled), chance.shape[1])).sum(-1)

@@ -1,0 +1,146 @@
+"""One PPO step: its rows and random stream, rewards, the updates on a rollout, and what it reports.
+
+sampled_step.py and expected_step.py are the two kinds of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from machine import processes
+from machine.errors import TrainingError
+
+if TYPE_CHECKING:
+    from training.ppo_trainer import PPOTrainer
+
+KL_SHARE = 8  # one prompt in so many (at least one) has its KL measured when it is not part of the reward
+
+
+def add(sums: dict, figures: dict) -> None:
+    """Add figures to the sums under their names; tensors stay on their device, which need not be waited for."""
+    for name, value in figures.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+class Step:
+    """One step of a PPOTrainer in this process.
+
+    Attributes:
+        rows, prompts: this process's rows, and their token ids.
+        row_offset: the first row's number among those of all processes.
+        generator: of the draws of this step, the same in all processes.
+        metrics: what the dashboards show of the step.
+        episodes: its answers, for people: prompt, answer, reward, row.
+    """
+
+    def __init__(self, trainer: PPOTrainer, rows: list[dict]):
+        self.trainer, self.args, self.engine, self.policy = trainer, trainer.args, trainer.engine, trainer.policy
+        self.rows, self.prompts = rows, [trainer.prompt_ids(row) for row in rows]
+        self.row_offset = processes.number() * len(rows)
+        self.generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + trainer.state.global_step)
+        self.metrics: dict[str, float] = {}
+        self.episodes: list[dict] = []
+
+    @property
+    def measured(self) -> int:
+        """For how many of the prompts here the reference is asked: all, or the first few of all processes."""
+        count = len(self.prompts)
+        sample = max(1, count * processes.count() // KL_SHARE)
+        return count if self.args.kl_coef else min(max(sample - self.row_offset, 0), count)
+
+    def rewards(self, completions: list[str], rows: list[dict]) -> list[float]:
+        """One reward per completion, the sum of all reward functions'. rows: each completion's columns.
+
+        TrainingError for a function that raises, or does not return one finite number each.
+        """
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "completions"}
+        totals = [0.0] * len(completions)
+        for function in self.trainer.reward_funcs:
+            name = getattr(function, "__name__", function)
+            with self.trainer.named_failure(f"the reward function {name}"):
+                values = function(completions=completions, **columns)
+            if len(values) != len(completions) or not all(math.isfinite(v) for v in values):
+                raise TrainingError(
+                    f"the reward function {name} must return one finite number per completion; "
+                    f"it returned {len(values)} for {len(completions)}: {values[:5]}"
+                )
+            totals = [a + b for a, b in zip(totals, values)]
+        return totals
+
+    def is_correct(self, text: str, ended: bool, row: dict) -> bool | None:
+        """Whether an answer gives the row's label; None for a row without one."""
+        return None if row.get("label") is None else self.trainer.answer_format.is_correct(text, ended, row)
+
+    def update(self, add_gradient: Callable[[list[int], list[int]], dict]) -> dict[str, float]:
+        """Every update of every pass over the rollout: its gradient, summed over all processes, and an optimizer step.
+
+        `add_gradient(mine, minibatch)` adds up the gradient of a minibatch and returns sums of figures. `minibatch` are
+        its prompts, numbered over all processes, `mine` those that are here, as places in `prompts`. The last optimizer
+        step is left to Trainer. An update that runs out of memory is begun again with smaller micro-batches. Returns
+        the figures, summed over all updates and processes.
+        """
+        args, model, optimizer = self.args, self.trainer.model, self.trainer.optimizer
+        count = len(self.prompts)
+        everything = count * processes.count()
+        size, total = everything // args.num_minibatches, args.ppo_epochs * args.num_minibatches
+        shuffle = torch.Generator().manual_seed(self.generator.initial_seed())
+        order: list[int] = []
+        sums: dict = {}
+        for number in range(total):
+            if not order:
+                order = list(range(everything))
+                order = torch.randperm(everything, generator=shuffle).tolist() if total > 1 else order
+            if number:
+                clip_gradients(self.trainer)
+                optimizer.step()
+            minibatch, order = order[:size], order[size:]
+            mine = [i - self.row_offset for i in minibatch if 0 <= i - self.row_offset < count]
+
+            def from_zero(mine=mine, minibatch=minibatch) -> dict:
+                model.zero_grad()
+                return add_gradient(mine, minibatch)
+
+            add(sums, self.engine.retry_with_smaller_batches(from_zero))
+            processes.add_gradients(model.parameters())
+        totals: dict = {}
+        for part in processes.all_gather([{name: float(value) for name, value in sums.items()}]):
+            add(totals, part)
+        return totals
+
+    def log(self, reward: torch.Tensor, spread: float, entropy: float, shares: dict[str, float], accuracy) -> None:
+        """What both kinds of step report of all processes' answers. The KL is logged where it is measured.
+
+        reward: one number per answer or prompt. spread: the rewards' standard deviation. shares: of each label word
+        among the answers, and of `invalid` ones. accuracy: None where it is not known.
+        """
+        if accuracy is not None:
+            self.metrics["objective/accuracy"] = accuracy
+        self.metrics |= {
+            "objective/invalid_rate": shares.get("invalid", 0.0),
+            "objective/reward": float(reward.mean()),
+            "objective/reward_std": spread,
+            "objective/entropy": entropy,
+            **{f"objective/share/{word}": share for word, share in shares.items()},
+        }
+
+
+def clip_gradients(trainer: PPOTrainer) -> torch.Tensor:
+    """Clip policy and critic apart, so that a surprised critic does not shrink the policy's step. Returns the policy's
+    norm before.
+
+    A gradient that is not finite must stop the run before the weights change (TrainingError), so here a card is waited
+    for, once per update.
+    """
+    norms = [
+        nn.utils.clip_grad_norm_(group["params"], trainer.args.max_grad_norm)
+        for group in trainer.optimizer.param_groups
+    ]
+    for norm in torch.stack(norms).tolist():
+        if not math.isfinite(norm):
+            raise trainer.failure(f"the gradient is {norm}", "Lower --learning_rate")
+    return norms[0]
