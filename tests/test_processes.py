@@ -92,7 +92,7 @@ def test_two_processes_answer_what_one_does(script, model_folder, data_root, tmp
 def test_no_thread_keeps_one_of_several_processes_from_ending(code):
     """Threads of gloo have aborted processes whose work was done."""
     program = (
-        "import atexit, sys, threading, processes\n"
+        "import atexit, sys, threading\nfrom machine import processes\n"
         "threading.Thread(target=threading.Event().wait).start()\n"
         "atexit.register(print, 'said at the end')\n"
         f"processes.run(lambda: sys.exit({code}))\n"

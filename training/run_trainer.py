@@ -59,7 +59,7 @@ class RunTrainer:
                 self.train(resume_from_checkpoint=str(checkpoint))
             except pickle.UnpicklingError as error:
                 raise TrainingError(
-                    f"{checkpoint} holds a file that can only be loaded by running code from it, which is not done "
+                    f"{checkpoint} holds a file that is loaded only by running code from it, which is not done "
                     f"({str(error).splitlines()[0]}); this program did not write it"
                 ) from error
         else:  # Trainer would do one step more
