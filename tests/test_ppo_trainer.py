@@ -26,7 +26,14 @@ from run.checkpoints import step_of
 from run.progress import quiet_trainer
 from tasks import Task
 from training import expected_step, sampled_step
-from training.objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
+from training.objectives import (
+    clipped_surrogate,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    leave_one_out_advantages,
+    whiten,
+)
 from training.ppo_step import KL_SHARE, Step
 from training.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer
 from training.sampler import StratifiedSampler
@@ -92,10 +99,21 @@ def make_trainer(
 ) -> PPOTrainer:
     """how: options of OpenFormat."""
     settings = dict(
-        output_dir=str(folder), report_to=[], disable_tqdm=True, logging_steps=1, logging_nan_inf_filter=False,
-        save_strategy="no", use_cpu=True, per_device_train_batch_size=8, dataloader_drop_last=True, max_steps=1,
-        learning_rate=1e-3, lr_scheduler_type="linear", max_response_length=4, seed=0,
-    )  # fmt: skip
+        output_dir=str(folder),
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        use_cpu=True,
+        per_device_train_batch_size=8,
+        dataloader_drop_last=True,
+        max_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        max_response_length=4,
+        seed=0,
+    )
     trainer = PPOTrainer(
         with_lora(tiny_model()) if model is None else model,
         reward or word_reward(words),
@@ -194,13 +212,13 @@ def test_explained_variance():
     assert explained_variance(torch.randn(3), torch.ones(3)) == 0.0
 
 
-def test_against_siblings_against_a_plain_loop():
+def test_leave_one_out_advantages_against_a_plain_loop():
     torch.manual_seed(0)
     for _ in range(20):
         n = int(torch.randint(1, 30, ()))
         prompt, node = torch.randint(3, (n,)), torch.randint(4, (n,))
         advantages, returns = torch.randn(n), torch.randn(n)
-        found = against_siblings(advantages, returns, prompt, node)
+        found = leave_one_out_advantages(advantages, returns, prompt, node)
         for i in range(n):
             others = [float(returns[j]) for j in range(n) if j != i and prompt[j] == prompt[i] and node[j] == node[i]]
             expected = float(returns[i]) - sum(others) / len(others) if others else float(advantages[i])
@@ -370,8 +388,10 @@ def test_an_update_that_runs_out_of_memory_is_begun_again(mode, tmp_path):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-5) and error(found[1][1], found[0][1]) < 1e-4
 
 
-@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a card"))])  # fmt: skip
+NEEDS_A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=NEEDS_A_CARD)])
 @pytest.mark.parametrize("mode", [*MODES, "expected"])
 def test_nothing_in_an_update_waits_for_a_card(mode, device, tmp_path, monkeypatch):
     """Torch's meta device has no numbers, so reading one there is an error; a card also notices copies that wait."""
@@ -555,7 +575,7 @@ def test_advantages_are_whitened_over_the_whole_rollout(samples, lam, tmp_path):
         advantages += gae(scores, values, 1.0, lam)[0]
     expected = torch.tensor(advantages)
     if lam == 1.0 and samples > 1:
-        expected = against_siblings(expected, rollout.returns, rollout.prompt, rollout.node)
+        expected = leave_one_out_advantages(expected, rollout.returns, rollout.prompt, rollout.node)
     assert torch.allclose(rollout.advantages, (expected - expected.mean()) / expected.std(), atol=1e-4)
 
 
@@ -665,9 +685,9 @@ def test_epochs_minibatches_and_samples(mode, tmp_path):
     assert {int(state["step"]) for state in states} == {2 * 3 * 2}
     logs = step_logs(trainer)
     assert [line["step"] for line in logs] == [1, 2]
-    wanted = {"objective/reward", "objective/reward_std", "objective/kl", "objective/entropy", "objective/invalid_rate",
-              "policy/clip_fraction", "policy/approx_kl", "policy/loss", "policy/learning_rate", "policy/grad_norm",
-              "time/seconds_per_step", "time/samples_per_second", "time/tokens_per_second"}  # fmt: skip
+    wanted = {f"objective/{name}" for name in ("reward", "reward_std", "kl", "entropy", "invalid_rate")}
+    wanted |= {f"policy/{name}" for name in ("clip_fraction", "approx_kl", "loss", "learning_rate", "grad_norm")}
+    wanted |= {f"time/{name}" for name in ("seconds_per_step", "samples_per_second", "tokens_per_second")}
     wanted |= set() if mode == "expected" else {"value/loss", "value/explained_variance", "objective/response_length"}
     assert all(wanted <= set(line) for line in logs)
     assert all(math.isfinite(value) for line in logs for value in line.values())
@@ -792,8 +812,16 @@ def figures(trainer: PPOTrainer) -> list[dict]:
 
 @pytest.mark.parametrize("mode", ["expected", *MODES])
 def test_resume_equals_a_straight_run_bit_for_bit(mode, tmp_path):
-    config = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2, "warmup_steps": 2,
-              "eval_strategy": "steps", "eval_steps": 1, **MODES.get(mode, {})}  # fmt: skip
+    config = {
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        **MODES.get(mode, {}),
+    }
     if mode != "expected":
         config |= {"ppo_epochs": 2, "num_minibatches": 2, "samples_per_prompt": 2, "kl_coef": 0.05}
 
@@ -938,9 +966,17 @@ def test_the_reward_functions_drive_trl_too(tmp_path):
 
     rows = [{"prompt": f"Text: w{i} Answer:", "label": i % 2} for i in range(4)]
     args = GRPOConfig(
-        output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no",
-        max_steps=1, per_device_train_batch_size=2, num_generations=2, max_completion_length=3,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=3,
+    )
     trainer = GRPOTrainer(
         tiny_model(), [reward, watched], args, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer()
     )

@@ -15,18 +15,25 @@ from machine import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = ROOT / "scripts" / "accelerate"
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
+}
+
+
+def options(model: Path, data: Path, **more) -> list[str]:
+    given = dict(task="SST", data_path=data, train_model_name=model, from_local=True, **more)
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def launch(
-    count: int, script: str, *options: str, check: bool = True, by: str = "processes", **environment
+    count: int, script: str, *given: str, check: bool = True, by: str = "processes", **environment
 ) -> subprocess.CompletedProcess:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / f"{by}.yaml")]
     launcher = [*launcher, "--num_processes", str(count)] if count > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / script), "--report_to", "none", *options]
+    command = [sys.executable, *launcher, str(ROOT / script), "--report_to", "none", *given]
     done = subprocess.run(
         command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600, cwd=ROOT
     )
@@ -65,12 +72,9 @@ def assert_same_run(one: Path, two: Path) -> None:
 )
 def test_two_processes_learn_what_one_does(kind, model_folder, data_root, tmp_path):
     script, *more = kind
-    options = [
-        "--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder), "--from_local", "True",
-        "--batch_sentence_num", "8", "--max_steps", "3", "--eval_steps", "2", *more,
-    ]  # fmt: skip
+    given = options(model_folder, data_root, batch_sentence_num=8, max_steps=3, eval_steps=2)
     for count in (1, 2):
-        launch(count, script, *options, "--output_dir", str(tmp_path / str(count)))
+        launch(count, script, *given, *more, "--output_dir", str(tmp_path / str(count)))
     assert_same_run(tmp_path / "1", tmp_path / "2")
     summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in "12"]
     assert summaries[0]["samples"] == summaries[1]["samples"] and summaries[0]["steps"] == summaries[1]["steps"] == 3
@@ -78,10 +82,9 @@ def test_two_processes_learn_what_one_does(kind, model_folder, data_root, tmp_pa
 
 @pytest.mark.parametrize("script", ["inference.py", "fewshot.py"])
 def test_two_processes_answer_what_one_does(script, model_folder, data_root, tmp_path):
-    options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
-    options += ["--from_local", "True", "--batch_sentence_num", "5", "--answer_space", "free", "--do_sample", "True"]
+    given = options(model_folder, data_root, batch_sentence_num=5, answer_space="free", do_sample=True)
     for count in (1, 2):
-        launch(count, script, *options, "--output_dir", str(tmp_path / str(count)))
+        launch(count, script, *given, "--output_dir", str(tmp_path / str(count)))
     one, two = (tmp_path / n / "predictions.jsonl" for n in "12")
     assert one.read_text() == two.read_text()
     metrics = [json.loads((tmp_path / n / "summary.json").read_text())["metrics"] for n in "12"]
@@ -97,18 +100,16 @@ def test_no_thread_keeps_one_of_several_processes_from_ending(code):
         "atexit.register(print, 'said at the end')\n"
         f"processes.run(lambda: sys.exit({code}))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (code, "said at the end\n")
 
 
 def test_bad_input_is_said_once(model_folder, data_root, tmp_path):
     done = launch(2, "ppo.py", "--task", "SSTT", check=False)
     assert done.returncode != 0 and done.stderr.count("ppo.py: error: --task SSTT") == 1
-    options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
-    done = launch(2, "ppo.py", *options, "--from_local", "True", "--batch_sentence_num", "7", check=False)
+    done = launch(2, "ppo.py", *options(model_folder, data_root, batch_sentence_num=7), check=False)
     assert "--batch_sentence_num 7 cannot be divided among 2 processes" in done.stderr
 
 
@@ -117,59 +118,45 @@ def needs_deepspeed(by: str) -> None:
         pytest.importorskip("deepspeed")
 
 
-CUT_UP = {
-    "expected": ["ppo.py", "--ppo_epochs", "2", "--num_minibatches", "2"],
-    "free": [
-        "ppo.py",
-        "--answer_space",
-        "free",
-        "--repeat_time",
-        "3",
-        "--kl_coef",
-        "0.05",
-        "--max_response_length",
-        "5",
-    ],
-    "sft": ["sft.py"],
-    "sft-full": ["sft.py", "--loss_on", "full"],
+SHARDED = {
+    "expected": "ppo.py --ppo_epochs 2 --num_minibatches 2",
+    "free": "ppo.py --answer_space free --repeat_time 3 --kl_coef 0.05 --max_response_length 5",
+    "sft": "sft.py",
+    "sft-full": "sft.py --loss_on full",
 }
 
 
 @pytest.mark.parametrize(
     ("by", "kind"),
-    [("fsdp", kind) for kind in CUT_UP] + [("zero3", "free"), ("zero3", "sft"), ("zero2", "expected")],
+    [("fsdp", kind) for kind in SHARDED] + [("zero3", "free"), ("zero3", "sft"), ("zero2", "expected")],
 )
-def test_weights_that_are_cut_up_learn_the_same(by, kind, model_folder, data_root, tmp_path):
+def test_sharded_weights_learn_the_same(by, kind, model_folder, data_root, tmp_path):
     """The two processes have unequal numbers of rows, micro-batches and generated tokens."""
     needs_deepspeed(by)
-    script, *more = CUT_UP[kind]
-    options = [
-        "--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder), "--from_local", "True",
-        "--batch_sentence_num", "6", "--max_steps", "3", "--eval_steps", "2", "--eval_size", "7", *more,
-    ]  # fmt: skip
-    budget = ["--tokens_per_micro_batch", "48"] if script == "ppo.py" else []
-    launch(1, script, *options, *budget, "--output_dir", str(tmp_path / "1"))
-    done = launch(2, script, *options, *budget, "--output_dir", str(tmp_path / "2"), by=by)
+    script, *more = SHARDED[kind].split()
+    given = options(model_folder, data_root, batch_sentence_num=6, max_steps=3, eval_steps=2, eval_size=7)
+    given += more + (["--tokens_per_micro_batch", "48"] if script == "ppo.py" else [])
+    launch(1, script, *given, "--output_dir", str(tmp_path / "1"))
+    done = launch(2, script, *given, "--output_dir", str(tmp_path / "2"), by=by)
     named = "would share out" if by == "zero2" else "keeps a part of the frozen weights"
     assert done.stdout.count(named) == 1
     assert_same_run(tmp_path / "1", tmp_path / "2")
 
 
-def test_a_run_goes_on_with_cut_up_weights(model_folder, data_root, tmp_path):
-    options = ["--task", "SST", "--data_path", str(data_root), "--from_local", "True", "--train_model_name"]
-    options += [str(model_folder), "--batch_sentence_num", "6", "--save_methods", "step", "--save_freq", "2"]
-    launch(2, "ppo.py", *options, "--max_steps", "4", "--output_dir", str(tmp_path / "straight"))
-    shutil.copytree(tmp_path / "straight", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "step-4")
-    (tmp_path / "cut" / "summary.json").unlink()
-    launch(2, "ppo.py", "--resume", str(tmp_path / "cut"), by="fsdp")
-    # Cut up weights take the prefix through the network apart: the same numbers but for rounding.
-    found, expected = figures(tmp_path / "cut"), figures(tmp_path / "straight")
+def test_a_run_goes_on_with_sharded_weights(model_folder, data_root, tmp_path):
+    given = options(model_folder, data_root, batch_sentence_num=6, save_methods="step", save_freq=2, max_steps=4)
+    launch(2, "ppo.py", *given, "--output_dir", str(tmp_path / "straight"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "sharded")
+    shutil.rmtree(tmp_path / "sharded" / "step-4")
+    (tmp_path / "sharded" / "summary.json").unlink()
+    launch(2, "ppo.py", "--resume", str(tmp_path / "sharded"), by="fsdp")
+    # Sharded weights take the prefix through the network in a pass of its own: the same numbers but for rounding.
+    found, expected = figures(tmp_path / "sharded"), figures(tmp_path / "straight")
     assert len(found) == len(expected)
     for line, other in zip(found, expected):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
     weights, others = (
-        load_file(tmp_path / run / "step-4" / "adapter_model.safetensors") for run in ("straight", "cut")
+        load_file(tmp_path / run / "step-4" / "adapter_model.safetensors") for run in ("straight", "sharded")
     )
     assert weights.keys() == others.keys()
     for name in weights:
@@ -177,17 +164,16 @@ def test_a_run_goes_on_with_cut_up_weights(model_folder, data_root, tmp_path):
 
 
 @pytest.mark.parametrize("by", ["fsdp", "zero3"])
-def test_cut_up_weights_answer_the_same(by, model_folder, data_root, tmp_path):
+def test_sharded_weights_answer_the_same(by, model_folder, data_root, tmp_path):
     needs_deepspeed(by)
-    options = ["--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder)]
-    options += ["--from_local", "True", "--batch_sentence_num", "5", "--answer_space", "free", "--do_sample", "True"]
-    launch(1, "fewshot.py", *options, "--output_dir", str(tmp_path / "1"))
-    launch(2, "fewshot.py", *options, "--output_dir", str(tmp_path / "2"), by=by)
+    given = options(model_folder, data_root, batch_sentence_num=5, answer_space="free", do_sample=True)
+    launch(1, "fewshot.py", *given, "--output_dir", str(tmp_path / "1"))
+    launch(2, "fewshot.py", *given, "--output_dir", str(tmp_path / "2"), by=by)
     one, two = (tmp_path / n / "predictions.jsonl" for n in "12")
     assert one.read_text() == two.read_text()
 
 
-def test_eight_bits_are_not_cut_up(monkeypatch, capsys):
+def test_eight_bits_are_not_sharded(monkeypatch, capsys):
     monkeypatch.setattr(processes, "LAUNCHED_FOR", "FSDP")
     with pytest.raises(SystemExit) as stopped:
         ppo.main(["--report_to", "none", "--load_in_8bit", "True"])
@@ -209,9 +195,6 @@ def test_a_killed_process_ends_the_whole_run(model_folder, data_root, tmp_path):
         "        return step(self, *a, **k)\n"
         "    torch.optim.Adam.step = last\n"
     )
-    options = [
-        "--task", "SST", "--data_path", str(data_root), "--train_model_name", str(model_folder), "--from_local", "True",
-        "--batch_sentence_num", "8", "--max_steps", "4", "--output_dir", str(tmp_path / "run"),
-    ]  # fmt: skip
-    done = launch(2, "ppo.py", *options, check=False, PYTHONPATH=str(tmp_path), KILL="1")
+    given = options(model_folder, data_root, batch_sentence_num=8, max_steps=4, output_dir=tmp_path / "run")
+    done = launch(2, "ppo.py", *given, check=False, PYTHONPATH=str(tmp_path), KILL="1")
     assert done.returncode != 0 and not (tmp_path / "run" / "summary.json").exists()

@@ -25,12 +25,12 @@ from training.sft_trainer import IGNORED, Finetuner
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
-SMALL = ["--batch_sentence_num", "8", "--report_to", "none"]
+SMALL = dict(batch_sentence_num=8, report_to="none")
 
 
-def options(model_folder, data: Path, output: Path) -> list[str]:
-    return ["--from_local", "True", "--train_model_name", str(model_folder), "--data_path", str(data),
-            "--output_dir", str(output), *SMALL]  # fmt: skip
+def options(model: Path, data: Path, output: Path, **more) -> list[str]:
+    given = dict(from_local=True, train_model_name=model, data_path=data, output_dir=output, **SMALL, **more)
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def summary(folder: Path) -> dict:
@@ -145,10 +145,9 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
 def trained(model_folder, data_root, tmp_path_factory) -> Path:
     """A run of the script on one task: four steps, a checkpoint after every second one."""
     folder = tmp_path_factory.mktemp("sft") / "run"
-    command = [sys.executable, ROOT / "sft.py", "--task", "SST", *options(model_folder, data_root, folder)]
-    command += ["--max_steps", "4", "--save_methods", "step", "--save_freq", "2", "--eval_steps", "2"]
-    command += ["--learning_rate", "1e-2"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
+    given = dict(task="SST", max_steps=4, save_methods="step", save_freq=2, eval_steps=2, learning_rate=1e-2)
+    command = [sys.executable, str(ROOT / "sft.py"), *options(model_folder, data_root, folder, **given)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "bash scripts/ppo.sh --task SST --from_local True --train_model_name" in result.stdout
     return folder
@@ -196,8 +195,8 @@ def merged(weights: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.T
 
 def test_ppo_goes_on_from_sft_and_inference_loads_both(trained, model_folder, data_root, tmp_path):
     run = tmp_path / "ppo"
-    ppo.main(["--task", "SST", *options(trained / "step-4", data_root, run), "--max_steps", "2",
-              "--learning_rate", "1e-2", "--save_methods", "step", "--save_freq", "2"])  # fmt: skip
+    given = dict(task="SST", max_steps=2, learning_rate=1e-2, save_methods="step", save_freq=2)
+    ppo.main(options(trained / "step-4", data_root, run, **given))
     last = run / "step-2"
     base = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     expected = merged(merged(base, trained / "step-4"), last)
@@ -208,7 +207,7 @@ def test_ppo_goes_on_from_sft_and_inference_loads_both(trained, model_folder, da
     # inference.py asks the same rows and gets the figures that training reported.
     shutil.move(run, tmp_path / "moved")
     answered = tmp_path / "inference"
-    inference.main(["--task", "SST", *options(tmp_path / "moved" / "step-2", data_root, answered)])
+    inference.main(options(tmp_path / "moved" / "step-2", data_root, answered, task="SST"))
     after = {name: value for name, value in summary(tmp_path / "moved")["metrics"]["after"].items() if name != "step"}
     assert summary(answered)["metrics"]["after"] == pytest.approx(after)
     assert summary(answered)["method"] == "trained"
@@ -218,7 +217,7 @@ def test_ppo_goes_on_from_sft_and_inference_loads_both(trained, model_folder, da
 
 def test_all_tasks_of_a_folder_in_one_model(model_folder, tmp_path):
     run = tmp_path / "run"
-    given = [*options(model_folder, FIXTURES, run), "--max_steps", "1", "--lines_per_file", "2", "--eval_size", "2"]
+    given = options(model_folder, FIXTURES, run, max_steps=1, lines_per_file=2, eval_size=2)
     sft.main([*given, "--datafolder_path", str(FIXTURES / "GLUE"), "--batch_sentence_num", "4"])
     written = summary(run)
     names = ["CoLA", "SST", "MRPC", "STS-B", "QQP", "MNLI-m", "QNLI", "RTE", "WNLI"]

@@ -27,7 +27,7 @@ def whiten(x: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
     return (x - among.mean()) / among.std()
 
 
-def against_siblings(
+def leave_one_out_advantages(
     advantages: torch.Tensor, returns: torch.Tensor, prompt: torch.Tensor, node: torch.Tensor
 ) -> torch.Tensor:
     """Advantages (actions,) against the mean return of the other samples that stood at the same state.

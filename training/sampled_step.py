@@ -16,7 +16,14 @@ from engine.trees import Answer, Tree
 from evaluation.answer_spaces import analysis_closed, judgement_link
 from machine import processes
 from tasks.labels import fold
-from training.objectives import against_siblings, clipped_surrogate, clipped_value_loss, explained_variance, gae, whiten
+from training.objectives import (
+    clipped_surrogate,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    leave_one_out_advantages,
+    whiten,
+)
 from training.ppo_step import Step, add
 
 
@@ -150,7 +157,7 @@ def estimate_advantages(
         no_values = [[0.0] * length for length in lengths]
         return gae_of_answers(costs, no_values, args.gamma, args.lam)[0], returns
     if args.lam == 1.0 and args.samples_per_prompt > 1:
-        advantages = against_siblings(advantages, returns, rollout.prompt, rollout.node)
+        advantages = leave_one_out_advantages(advantages, returns, rollout.prompt, rollout.node)
     return whiten(advantages, torch.cat(processes.all_gather([advantages]))), returns
 
 
