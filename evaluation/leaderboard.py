@@ -1,6 +1,6 @@
-"""Leaderboard files of GLUE (TSV) and SuperGLUE (JSON lines), and the zip that holds a suite's files.
+"""Leaderboard files of GLUE (TSV) and SuperGLUE (JSON Lines), and the zip that holds a suite's files.
 
-Every id is copied from the row it belongs to. Files appear under their name only when they are whole.
+Every id is copied from its row. A file appears under its name only when it is complete.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tasks
-from evaluation.metrics import Label, chosen_rows
+from evaluation.metrics import Label, check_lengths, chosen_rows
 from machine.files import write_atomically
 from rewards import NUMBER_RANGE
 from tasks import Task
@@ -26,17 +26,16 @@ def write_submission(
     majority_label: int | float,
     scores: Sequence[float] | None = None,
 ) -> int:
-    """Writes one leaderboard file; returns how many of its answers were filled in because none was valid.
+    """Write one leaderboard file. Returns how many of its answers were filled in because there was no valid one.
 
-    A prediction of None is written as `majority_label`, the training set's most frequent class id (number task: its
-    mean). For ReCoRD an answer is a query's entity, chosen as in `metrics.chosen_rows` with `scores` = P(yes) per row;
-    a query without one gets its first candidate. ValueError if rows and predictions do not fit together.
+    A prediction of None is written as `majority_label`, the training set's most frequent class id (for a number task
+    its mean). For ReCoRD an answer is a query's entity, chosen as in `metrics.chosen_rows` with `scores`, P(yes) per
+    row; a query without one gets its first candidate. ValueError if the task has no leaderboard file, or if rows and
+    predictions do not match.
     """
     if not task.submission:
         raise ValueError(f"{task.name} has no leaderboard file")
-    if not rows or len(predictions) != len(rows) or (scores is not None and len(scores) != len(rows)):
-        given = f"{len(predictions)} predictions" + ("" if scores is None else f", {len(scores)} scores")
-        raise ValueError(f"{task.name}: {given} for {len(rows)} rows; a leaderboard file needs one for each row")
+    check_lengths(task, rows, predictions, scores)
     if task.format == "record":
         chosen = chosen_rows(rows, predictions, scores)
         first = chosen_rows(rows, [1] * len(rows))
@@ -59,9 +58,9 @@ def write_submission(
 
 
 def check_submission(path: str | Path, task: Task, rows: list[dict]) -> None:
-    """Reads a leaderboard file back: one answer for each row (query, for ReCoRD), in order, each with a legal value.
+    """Check a leaderboard file: one answer for each row (for ReCoRD: query), in order, each with a legal value.
 
-    Raises ValueError that names the file and the first line that is wrong.
+    Raises ValueError with the file and the first line that is wrong.
     """
     path = Path(path)
     if path.name != task.submission:
@@ -71,7 +70,7 @@ def check_submission(path: str | Path, task: Task, rows: list[dict]) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from error
     if lines.pop() != "":
-        raise ValueError(f"{path}: the last line is not finished; the file was cut off")
+        raise ValueError(f"{path}: the last line is incomplete; the file was cut off")
     tsv = path.suffix == ".tsv"
     if tsv and (not lines or lines.pop(0) != HEADER):
         raise ValueError(f"{path}, line 1: the header must be index<TAB>prediction")
@@ -88,14 +87,14 @@ def check_submission(path: str | Path, task: Task, rows: list[dict]) -> None:
         if not legal(value):
             raise ValueError(f"{path}, line {number}: {value!r} is not what {task.name} is answered with")
     if len(found) != len(expected):
-        raise ValueError(f"{path}: {len(found)} answers, but {len(expected)} are asked for")
+        raise ValueError(f"{path}: {len(found)} answers, but {len(expected)} are expected")
 
 
 def write_suite_zip(path: str | Path, suite: str, files: Iterable[str | Path]) -> None:
-    """Packs a suite's leaderboard files, and nothing else, into a flat zip.
+    """Pack a suite's leaderboard files, and nothing else, into a flat zip.
 
-    Raises ValueError naming every file that is missing (not given, or not there), unknown or given twice; then no zip
-    is written.
+    Raises ValueError with every file that is missing (not given, or not there), unknown or given twice; then no zip is
+    written.
     """
     wanted = [task.submission for task in tasks.suite(suite)]
     given = [Path(file) for file in files]
@@ -103,9 +102,11 @@ def write_suite_zip(path: str | Path, suite: str, files: Iterable[str | Path]) -
     missing = [name for name in wanted if name not in names] + [str(file) for file in given if not file.is_file()]
     if missing:
         raise ValueError(f"the {suite} zip is not complete, missing: {', '.join(missing)}")
-    odd = sorted({name for name in names if name not in wanted or names.count(name) > 1})
-    if odd:
-        raise ValueError(f"the {suite} zip holds each of its files once; unknown or given twice: {', '.join(odd)}")
+    unexpected = sorted({name for name in names if name not in wanted or names.count(name) > 1})
+    if unexpected:
+        raise ValueError(
+            f"the {suite} zip holds each of its files once; unknown or given twice: {', '.join(unexpected)}"
+        )
 
     def pack(target) -> None:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -59,13 +59,18 @@ class Answers:
         return len(self.task.labels)
 
 
-def as_answers(task: Task, rows: list[dict], predictions: Sequence[Label], scores: Sequence[float] | None) -> Answers:
-    """Rows and predictions as arrays. Raises ValueError naming the first row that does not fit."""
+def check_lengths(task: Task, rows: list[dict], predictions: Sequence[Label], scores: Sequence[float] | None) -> None:
+    """Raises ValueError unless there are rows, and one prediction (and score, if there are any) for each."""
     if not rows:
-        raise ValueError(f"{task.name}: there are no rows to score")
+        raise ValueError(f"{task.name}: there are no rows")
     if len(predictions) != len(rows) or (scores is not None and len(scores) != len(rows)):
         given = f"{len(predictions)} predictions" + ("" if scores is None else f", {len(scores)} scores")
         raise ValueError(f"{task.name}: {given} for {len(rows)} rows; there must be one for each row")
+
+
+def as_answers(task: Task, rows: list[dict], predictions: Sequence[Label], scores: Sequence[float] | None) -> Answers:
+    """Rows and predictions as arrays. Raises ValueError naming the first row that does not fit."""
+    check_lengths(task, rows, predictions, scores)
     if not task.number and not task.labels:
         raise ValueError(f"{task.name}: the task has no labels yet; load its data first")
     for row, prediction in zip(rows, predictions, strict=True):
