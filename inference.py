@@ -194,9 +194,10 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
         import transformers
 
         from engine import models
-        from engine.loading import load_engine
+        from engine.loading import load_frozen_engine
 
-        engine, loaded = load_engine(jobs[0].model, arguments), jobs[0].model
+        how = dict(tokens_per_micro_batch=arguments.tokens_per_micro_batch, **arguments.model_options)
+        engine, loaded = load_frozen_engine(jobs[0].model, **how), jobs[0].model
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
         top = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, name, held))
@@ -215,7 +216,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
                 continue
             if job.model != loaded:
                 engine, loaded = None, job.model  # the old one goes first: two may not fit
-                engine = load_engine(job.model, arguments)
+                engine = load_frozen_engine(job.model, **how)
             transformers.set_seed(arguments.seed)
             trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
             own = method or ("trained" if trained else "zero-shot")

@@ -99,8 +99,9 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     from engine import models
+    from engine.loading import load_engine
     from evaluation.answer_spaces import AnswerFormat
-    from machine.memory import training_tokens
+    from machine.memory import training_token_budget
     from training import training_run
     from training.ppo_trainer import PPOTrainer
 
@@ -111,9 +112,10 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     data.held_out_prompts, shortened_too = prompts.build_all(task, data.held_out, tokenizer, **lengths)
 
     # 2. model
-    model, plain = training_run.load(arguments, tokenizer)
-    keeps = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
-    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model, keeps)
+    engine = load_engine(arguments.train_model_name, tokenizer, **arguments.model_options)
+    keep_rollout = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
+    budget = arguments.tokens_per_micro_batch or training_token_budget(engine.model, keep_rollout)
+    arguments.tokens_per_micro_batch = budget
 
     # 3. run
     run = training_run.TrainingRun("ppo", arguments, task, [data], tokenizer, guard)
@@ -131,7 +133,7 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
         arguments.use_CoT,
     )
     trainer = PPOTrainer(
-        model=model,
+        model=engine.model,
         reward_funcs=reward,
         args=trainer_config(arguments, run.folder, len(data.train)),
         train_dataset=[{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
@@ -141,10 +143,11 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
         compute_metrics=training_run.HeldOutEvaluation(arguments, [data], run.folder, arguments.strict_format),
         on_save=run.save_start_adapter,
         callbacks=run.callbacks,
+        engine=engine,
     )
 
     # 5. train, save
-    run.train(trainer, plain)
+    run.train(trainer)
     run.finish(trainer, arguments.batch_sentence_num * trainer.samples_per_prompt, arguments.data_path)
 
 

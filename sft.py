@@ -111,6 +111,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     from engine import models
+    from engine.loading import load_engine
     from training import training_run
     from training.sft_trainer import Finetuner
 
@@ -119,7 +120,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     table, shortened = dataset(arguments, data, tokenizer)
 
     # 2. model
-    model, plain = training_run.load(arguments, tokenizer)
+    engine = load_engine(arguments.train_model_name, tokenizer, **arguments.model_options)
 
     # 3. run
     run = training_run.TrainingRun("sft", arguments, name_of(arguments, data), data, tokenizer, guard)
@@ -131,20 +132,21 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
         arguments, data, run.folder, temperature=temperature, seed=arguments.seed
     )
     trainer = Finetuner(
-        model,
+        engine.model,
         trainer_config(arguments, run.folder, len(table)),
         train_dataset=table,
         eval_dataset=table.select([0]),  # Trainer wants one; `evaluation` has the rows
         processing_class=tokenizer,
         peft_config=models.lora_config(),
         callbacks=run.callbacks,
+        engine=engine,
         evaluate_with=evaluation,
         on_save=run.save_start_adapter,
     )
     trainer.episodes = evaluation.episodes
 
     # 5. train, save
-    run.train(trainer, plain)
+    run.train(trainer)
     root = arguments.datafolder_path or arguments.data_path
     run.finish(trainer, arguments.batch_sentence_num, root, tasks=[part.task.name for part in data])
     print(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tasks
 from engine import models
-from engine.loading import load_engine
+from engine.loading import load_frozen_engine
 from evaluation import predict, scores
 from evaluation.answer_spaces import AnswerFormat
 from evaluation.predictions import Prediction
@@ -35,7 +35,7 @@ def main() -> None:
     task = replace(tasks.get("MR"), words=tuple(arguments.choices.split(",")))
     at_once = InferenceArguments().batch_sentence_num
     with contextlib.redirect_stdout(sys.stderr):
-        engine = load_engine(models.EMBEDDED, InferenceArguments())
+        engine = load_frozen_engine(models.EMBEDDED, **InferenceArguments().model_options)
 
     def answer(rows: list[dict]) -> tuple[list[Prediction], list[int]]:
         ids = engine.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids

@@ -1,1 +1,1 @@
-"""One forward path for all scripts: models, states, answers."""
+"""One forward for all scripts: models, states, gradients, answers."""

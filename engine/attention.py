@@ -1,17 +1,18 @@
 """Attention to a prefix that all rows share, without a copy of it for every row: the same numbers, in less time.
 
-The rows' queries meet the prefix's keys as one long row, and their own keys row by row. Softmax over both together is
-a mean of the two results, weighted by the sums of exponentials that they were divided by (Hydragen: Juravsky et al.
-2024, https://arxiv.org/abs/2402.05099). The gradient falls apart in the same way: each part's is the usual one, with
-the sum of exponentials and the output of both together (as in ring attention: Liu et al. 2023,
-https://arxiv.org/abs/2310.01889). For the CPU, whose kernel gives and takes these sums.
+The rows' queries attend to the prefix's keys as one long row, and to their own keys row by row. Softmax over both is a
+mean of the two results, weighted by their sums of exponentials (Hydragen: Juravsky et al. 2024,
+https://arxiv.org/abs/2402.05099). The gradient splits in the same way: each part's is the usual one, with the sum of
+exponentials and the output of both (as in ring attention: Liu et al. 2023, https://arxiv.org/abs/2310.01889). For the
+CPU, whose kernel returns and takes these sums.
 
-`packed`: the rows' tokens lie behind one another, without padding, with or without gradient. `shared_prefix`: rows of
-one padded batch that grow token by token, without gradient.
+`packed`: the rows are one packed sequence, without padding, with or without gradient. `shared_prefix`: the rows of a
+padded batch that grows token by token, without gradient.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
@@ -20,59 +21,66 @@ from transformers.cache_utils import DynamicLayer
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-SHORTEST = 128  # tokens; with a shorter prefix `shared_prefix` has nothing to gain
+SHORTEST = 128  # tokens; with a shorter prefix `shared_prefix` gains nothing
 Row = tuple[int, int, torch.Tensor | None]  # first token, the one after the last, and (tokens, tokens) 0 or -inf
 Shared = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Where the rows are in a packed sequence.
+
+    Attributes:
+        rows: each row's first token, the one after its last, and its mask.
+        inside: the first tokens are a prefix that all rows see; these tokens are then the first row.
+        before: where the keys and values that each row alone sees before its tokens are in those of another layer, its
+            past; None if there is none.
+    """
+
+    rows: list[Row]
+    inside: int = 0
+    before: list[tuple[int, int]] | None = None
+
+
 class PrefixLayer(DynamicLayer):
-    """The cache of one layer: the rows' own keys and values, and beside them the prefix's (1, heads, tokens, size)."""
+    """The KV cache of one layer: the rows' own keys and values, and the prefix's (1, heads, tokens, size) apart."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
         self.prefix = keys, values
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Own keys and values (rows, heads, tokens, size); the prefix goes along as an attribute of the keys."""
+        """Own keys and values (rows, heads, tokens, size); the prefix is passed on as an attribute of the keys."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         keys.prefix = self.prefix
         return keys, values
 
 
 class PackedLayer(DynamicLayer):
-    """The cache of one layer: keys and values (1, heads, tokens, size) of all rows behind one another.
+    """The KV cache of one layer: keys and values (1, heads, tokens, size) of a packed sequence.
 
-    What all rows share is `prefix`, keys and values from elsewhere, or the first `inside` tokens, which are then the
-    first row. What one row alone has before its tokens are those of another layer, `past`, from `before[row][0]` to
-    `before[row][1]`.
+    prefix: keys and values from elsewhere that all rows see. past: another layer with what each row alone sees before
+    its tokens, at `packing.before`.
     """
 
-    def __init__(
-        self,
-        prefix: Shared | None,
-        rows: list[Row],
-        inside: int = 0,
-        past: "PackedLayer | None" = None,
-        before: list[tuple[int, int]] | None = None,
-    ):
+    def __init__(self, packing: Packing, prefix: Shared | None = None, past: "PackedLayer | None" = None):
         super().__init__()
-        self.prefix, self.rows, self.inside = prefix, rows, inside
-        self.past, self.before = (past.keys, past.values) if past else None, before
+        self.packing, self.prefix = packing, prefix
+        self.past = (past.keys, past.values) if past else None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        # Not the layer itself: it holds these keys, and a circle of tensors would wait for the garbage collector.
-        keys.about = self.prefix, self.past, self.rows, self.before, self.inside
+        # Not the layer itself: it holds these keys, and a reference cycle would wait for the garbage collector.
+        keys.packed_with = self.prefix, self.past, self.packing
         return keys, values
 
     def shared(self) -> Shared | None:
-        """The prefix's keys and values (1, heads, prefix, size), wherever they are."""
-        if not self.inside:
-            return self.prefix
-        return self.keys[:, :, : self.inside], self.values[:, :, : self.inside]
+        """The prefix's keys and values (1, heads, prefix, size); None without a prefix."""
+        inside = self.packing.inside
+        return (self.keys[:, :, :inside], self.values[:, :, :inside]) if inside else self.prefix
 
     def padded(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """places (rows, width): which token stands there -> keys and values (rows, heads, width, size)."""
+        """places (rows, width), numbers of tokens -> their keys and values (rows, heads, width, size)."""
         return tuple(x[0][:, places].transpose(0, 1) for x in (self.keys, self.values))
 
 
@@ -81,14 +89,14 @@ def window(config: PretrainedConfig) -> int | None:
     kinds = set(getattr(config, "layer_types", None) or [])
     if "chunked_attention" in kinds:
         return config.attention_chunk_size
-    # Configurations without a list of layers may have a window for all of them, and may have it switched off.
+    # A configuration without a list of layers may have one window for all of them, and may have it switched off.
     in_use = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", None) is not False
     return getattr(config, "sliding_window", None) if in_use else None
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether this can be done for the model: float32 on a CPU, attention by transformers' exchangeable functions, and
-    every token sees all before it."""
+    """Whether this works for the model: float32 on a CPU, attention through transformers' AttentionInterface, and every
+    token attends to all tokens before it."""
     weight, config = model.get_output_embeddings().weight, model.config.get_text_config()
     return (
         weight.device.type == "cpu"
@@ -130,58 +138,55 @@ def shared_prefix(module, query, key, value, attention_mask, scaling=None, **kwa
 
 def packed(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """query (1, heads, tokens, size), key and value of PackedLayer.update -> (1, tokens, heads, size), None."""
-    prefix, past, *rows = key.about
+    prefix, past, packing = key.packed_with
     nothing = None, None
-    return Packed.apply(query, key, value, *(prefix or nothing), *(past or nothing), *rows, scaling), None
+    return Packed.apply(query, key, value, *(prefix or nothing), *(past or nothing), packing, scaling), None
 
 
 class Packed(torch.autograd.Function):
-    """Every row's tokens among themselves, with what the row alone has before them, and with the prefix, which all
-    rows see.
+    """Attention of every row's tokens to themselves, to the row's own past, and to the prefix that all rows see.
 
     query (1, heads, tokens, size); key, value (1, key heads, tokens, size); the others as in PackedLayer
     -> (1, tokens, heads, size). A row without a mask is causal.
     """
 
     @staticmethod
-    def forward(
-        ctx, query, key, value, prefix_key, prefix_value, past_key, past_value, rows, before, inside: int, scaling
-    ):
+    def forward(ctx, query, key, value, prefix_key, prefix_value, past_key, past_value, packing: Packing, scaling):
         _, heads, tokens, size = query.shape
         groups = heads // key.shape[1]
         output = query.new_empty(1, tokens, heads, size)
         sums = query.new_empty(groups, key.shape[1], tokens)
-        # Heads that share their keys lie in the place of the batch: keys need no copies, and the threads enough to do.
+        # Heads that share their keys take the batch dimension: keys are not copied, and all threads have work.
         q, out = _grouped(query, groups), _grouped(output.transpose(1, 2), groups)
         k, v = _expanded(groups, key, value)
 
         def also(mine: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-            """Let the tokens `mine` see more keys, all of them."""
+            """Let the tokens `mine` attend to more keys, all of them."""
             other, other_sums = flash(q[:, :, mine], keys, values, scale=scaling)
             out[:, :, mine].lerp_(other, torch.sigmoid(other_sums - sums[:, :, mine])[..., None])
             sums[:, :, mine] = torch.logaddexp(sums[:, :, mine], other_sums)
 
-        for start, stop, mask in rows:
+        for start, stop, mask in packing.rows:
             own = slice(start, stop)
             out[:, :, own], sums[:, :, own] = flash(
                 q[:, :, own], k[:, :, own], v[:, :, own], is_causal=mask is None, attn_mask=mask, scale=scaling
             )
         if past_key is not None:
             past = tuple(_expanded(groups, past_key, past_value))
-            for (start, stop, _), (first, end) in zip(rows, before):
+            for (start, stop, _), (first, end) in zip(packing.rows, packing.before):
                 also(slice(start, stop), *(x[:, :, first:end] for x in past))
         if prefix_key is not None:
             also(slice(None), *_expanded(groups, prefix_key, prefix_value))
-        if inside:
+        if inside := packing.inside:
             also(slice(inside, None), k[:, :, :inside], v[:, :, :inside])
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, past_key, past_value, output, sums)
-        ctx.rows, ctx.before, ctx.inside, ctx.scaling = rows, before, inside, scaling
+        ctx.packing, ctx.scaling = packing, scaling
         return output
 
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, prefix_key, prefix_value, past_key, past_value, output, sums = ctx.saved_tensors
-        rows, inside, groups = ctx.rows, ctx.inside, len(sums)
+        packing, groups = ctx.packing, len(sums)
         q, out, grad = (_grouped(x, groups) for x in (query, output.transpose(1, 2), gradient.transpose(1, 2)))
         of_query = torch.empty_like(gradient).transpose(1, 2)
         of_key, of_value = torch.empty_like(key), torch.empty_like(value)
@@ -189,39 +194,37 @@ class Packed(torch.autograd.Function):
         k, v = _expanded(groups, key, value)
 
         def also(mine: slice, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """The gradients (1, key heads, keys, size) of keys and values that the tokens `mine` saw."""
-            dq, dk, dv = flash_backward(
-                grad[:, :, mine], q[:, :, mine], keys, values, out[:, :, mine], sums[:, :, mine], 0.0, False,
-                scale=ctx.scaling
-            )  # fmt: skip
+            """The gradients (1, key heads, keys, size) of more keys and values that the tokens `mine` attended to."""
+            inputs = grad[:, :, mine], q[:, :, mine], keys, values, out[:, :, mine], sums[:, :, mine]
+            dq, dk, dv = flash_backward(*inputs, dropout_p=0.0, is_causal=False, scale=ctx.scaling)
             of_q[:, :, mine] += dq
             return dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
 
-        for start, stop, mask in rows:
+        for start, stop, mask in packing.rows:
             own = slice(start, stop)
+            inputs = (x[:, :, own] for x in (grad, q, k, v, out, sums))
             of_q[:, :, own], dk, dv = flash_backward(
-                *(x[:, :, own] for x in (grad, q, k, v, out, sums)), 0.0, mask is None, attn_mask=mask,
-                scale=ctx.scaling
-            )  # fmt: skip
+                *inputs, dropout_p=0.0, is_causal=mask is None, attn_mask=mask, scale=ctx.scaling
+            )
             of_key[:, :, own], of_value[:, :, own] = dk.sum(0), dv.sum(0)
         if past_key is not None:
             of_past = torch.zeros_like(past_key), torch.zeros_like(past_value)
             past = tuple(_expanded(groups, past_key, past_value))
-            for (start, stop, _), (first, end) in zip(rows, ctx.before):
+            for (start, stop, _), (first, end) in zip(packing.rows, packing.before):
                 found = also(slice(start, stop), *(x[:, :, first:end] for x in past))
                 for total, part in zip(of_past, found):
                     total[:, :, first:end] = part
         if prefix_key is not None:
             of_prefix = also(slice(None), *_expanded(groups, prefix_key, prefix_value))
-        if inside:
+        if inside := packing.inside:
             found = also(slice(inside, None), k[:, :, :inside], v[:, :, :inside])
             for total, part in zip((of_key, of_value), found):
                 total[:, :, :inside] += part
-        return of_query, of_key, of_value, *of_prefix, *of_past, None, None, None, None
+        return of_query, of_key, of_value, *of_prefix, *of_past, None, None
 
 
 def _expanded(groups: int, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """(1, key heads, tokens, size), seen by each of the groups of heads."""
+    """(1, key heads, tokens, size) for each of the groups of heads, without a copy."""
     return (x.expand(groups, -1, -1, -1) for x in tensors)
 
 

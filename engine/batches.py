@@ -1,4 +1,4 @@
-"""How prompts share a prefix and are cut into micro-batches."""
+"""How prompts share a prefix and are divided into micro-batches."""
 
 from collections.abc import Iterator, Sized
 
@@ -16,9 +16,9 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 def micro_batches(lengths: list[int], budget: int, packed: bool = False) -> list[list[int]]:
-    """Row numbers sorted by length, longest first, cut so that a batch's tokens <= budget (at least one row).
+    """Row numbers by length, longest first, in batches of at most `budget` tokens (but at least one row).
 
-    A batch has rows x longest row tokens or, `packed`, those of its rows.
+    A padded batch has rows x longest row tokens, a `packed` one the sum of its rows' tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -33,8 +33,8 @@ def micro_batches(lengths: list[int], budget: int, packed: bool = False) -> list
 
 
 def grouped(states: list[Sized], most: int = 128) -> Iterator[range]:
-    """Prompts whose states (nodes, hidden), or nodes, meet the vocabulary at once, at most so many nodes (at least one
-    prompt): its weights, the largest matrix of a small model, are read once for all of them."""
+    """Ranges of prompts whose states (nodes, hidden) are multiplied by the output layer at once: at most so many nodes,
+    but at least one prompt. Its weights, the largest matrix of a small model, are then read once for all of them."""
     start = nodes = 0
     for i, state in enumerate(states):
         if nodes and nodes + len(state) > most:

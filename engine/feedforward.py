@@ -1,7 +1,7 @@
-"""The last block's feed-forward layer, computed only for the tokens whose final state somebody reads.
+"""The last block's feed-forward layer, computed only for the tokens whose final state is read.
 
-Keys and values are made before it, so nothing else depends on it: of a prompt only the last token's is ever read. It is
-two to three quarters of a block. What it gives for the other tokens is 0.
+Keys and values come before it, so nothing else depends on it; of a prompt only the last token's state is ever read. The
+layer is two to three quarters of a block's work. For all other tokens its output is 0.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ class _Forward:
 
 
 def last(backbone: nn.Module, blocks: int) -> _Forward | None:
-    """The last of so many blocks' feed-forward layer, made able to leave tokens out; None for a model that has it in
-    another place than most, or more than one in a block."""
+    """The feed-forward layer of the last of so many blocks, made able to leave tokens out; None for a model whose layer
+    has another name, or that has several in a block (a mixture of experts)."""
     stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
     layer = getattr(stacks[0][-1], "mlp", None) if stacks else None
     # A mixture of experts may also return how it chose among them.
@@ -42,7 +42,7 @@ def last(backbone: nn.Module, blocks: int) -> _Forward | None:
 
 @contextlib.contextmanager
 def only(layer: _Forward | None, read: torch.Tensor | None) -> Iterator[None]:
-    """In here the layer computes the tokens `read` alone: (n,) places in (rows, tokens, hidden), rows after rows."""
+    """In here the layer computes only the tokens `read`: (n,) indices into (rows x tokens); None: all of them."""
     if layer is None:
         yield
         return

@@ -31,9 +31,13 @@ def draw_labels(
 
 @torch.no_grad()
 def classify(
-    engine: Engine, prompts: list[list[int]], sampling: Sampling, trie: LabelTrie, words: tuple[str, ...],
+    engine: Engine,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    trie: LabelTrie,
+    words: tuple[str, ...],
     keep: bool = False,
-) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:  # fmt: skip
+) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
     """Answer every prompt `sampling.samples` times with a label of the trie, whose text is the label's in `words`.
 
     Returns trees, answers and states per prompt, as `Engine.generate` does. keep: see `Engine.states`.
@@ -51,9 +55,14 @@ def classify(
 
 @torch.no_grad()
 def generate_then_classify(
-    engine: Engine, prompts: list[list[int]], sampling: Sampling, trie: LabelTrie, words: tuple[str, ...],
-    link: Callable[[Answer], tuple[list[int], str]], keep: bool = False,
-) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:  # fmt: skip
+    engine: Engine,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    trie: LabelTrie,
+    words: tuple[str, ...],
+    link: Callable[[Answer], tuple[list[int], str]],
+    keep: bool = False,
+) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
     """`Engine.generate`, and every answer ends with a label of the trie: its analysis is free, its judgement is masked.
 
     `link` gives the tokens (and their text) that lead from an answer's text to its label; nobody chooses them, so they

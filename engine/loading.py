@@ -1,47 +1,103 @@
-"""A model and its engine, loaded, checked and ready to be asked or trained."""
+"""A model's engine: loaded, checked against the plain forward, and ready to be asked or trained."""
 
-from transformers import PreTrainedModel
+import torch
 
-from engine import models
+from engine import attention, models
 from engine.engine import Engine
-from machine import sharding
+from engine.trees import Tree
+from machine import memory, sharding
 from machine.errors import ModelError
-from machine.memory import asking_tokens
-from run.arguments import Arguments
 
 
-def load_model(name: str, tokenizer, arguments: Arguments) -> tuple[PreTrainedModel, str | None]:
-    """The model, cut up if it was launched for that, and why its engine must use the plain forward (None: it need not).
+def load_engine(
+    name: str,
+    tokenizer,
+    longest: int,
+    from_local: bool = False,
+    load_in_8bit: bool = False,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """The engine of a model, sharded if it was launched for that, and checked.
 
-    Raises ModelError, also if the model cannot read as many tokens as the arguments allow.
+    longest: tokens of a prompt and its answer at most. The others: see models.load_model.
+    Raises ModelError, also if the model cannot read so many tokens.
     """
-    how = arguments.from_local, arguments.load_in_8bit
-    model = models.load_model(name, *how, trust_remote_code=arguments.trust_remote_code)
-    check_length(model, name, arguments.max_prompt_length + arguments.max_response_length)
+    model = models.load_model(name, from_local, load_in_8bit, trust_remote_code=trust_remote_code)
+    check_length(model, name, longest)
+    engine = Engine(model, tokenizer)
     try:
-        problem = Engine(model, tokenizer).check(arguments.max_prompt_length + arguments.max_response_length)
-        sharding.cut(model)
+        reason = check(engine, longest)
+        sharding.shard(model)
     except ValueError as error:
         raise ModelError(f"--train_model_name {name}: {error}") from error
-    if problem:
-        print(f"This model does not fit the shared-prefix forward ({problem}); the plain one is used, which is slower.")
-    return model, problem
-
-
-def load_engine(name: str, arguments: Arguments) -> Engine:
-    """The engine of a model that is only asked. Raises ModelError."""
-    tokenizer = models.load_tokenizer(name, arguments.from_local, arguments.trust_remote_code)
-    model, problem = load_model(name, tokenizer, arguments)
-    engine = Engine(model, tokenizer, arguments.tokens_per_micro_batch or asking_tokens(model))
-    engine.plain, engine.frozen = problem is not None, True
+    if reason:
+        print(f"This model does not fit the shared-prefix forward ({reason}); the plain one is used, which is slower.")
     return engine
 
 
-def check_length(model, name: str, tokens: int) -> None:
+def load_frozen_engine(
+    name: str,
+    longest: int,
+    tokens_per_micro_batch: int | None = None,
+    from_local: bool = False,
+    load_in_8bit: bool = False,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """`load_engine` for a model that is only asked. tokens_per_micro_batch: None: by free memory. Raises ModelError."""
+    tokenizer = models.load_tokenizer(name, from_local, trust_remote_code)
+    engine = load_engine(name, tokenizer, longest, from_local, load_in_8bit, trust_remote_code)
+    engine.tokens_per_micro_batch = tokens_per_micro_batch or memory.inference_token_budget(engine.model)
+    engine.frozen = True
+    return engine
+
+
+def check_length(model, name: str, longest: int) -> None:
     """ModelError if a prompt and its answer, of so many tokens together, are more than the model can read."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and tokens > longest:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit:
         raise ModelError(
-            f"--max_prompt_length and --max_response_length make {tokens} tokens, more than the {longest} tokens that "
+            f"--max_prompt_length and --max_response_length make {longest} tokens, more than the {limit} tokens that "
             f"{name} can read; lower them"
         )
+
+
+@torch.no_grad()
+def check(engine: Engine, longest: int = 0, tolerance: float = 1e-3) -> str | None:
+    """Compare an engine's states with the plain forward's on a small example; on a mismatch the engine falls back to
+    the plain forward. Returns why, or None.
+
+    longest: tokens of a prompt and its answer at most: the example is too short to show what an attention window leaves
+    out. Raises ModelError for a model whose logits are not its output layer applied to its last hidden state.
+    """
+    network = engine.network
+    # 1. An example, and its states by the plain forward.
+    size = min(network.head.weight.shape[0], 1000)
+    prompts = [[(7 * i + 3) % size for i in range(12)], [(7 * i + 3) % size for i in range(5)] + [11, 12]]
+    tree = Tree([-1, 5 % size, 6 % size, 7 % size], [-1, 0, 0, 1], [0, 1, 1, 2])
+    plain = network.plain_states(prompts, [tree, tree]).float()
+    # 2. Logits: the model's own against the engine's.
+    weights_type = network.head.weight.dtype
+    tolerance = tolerance if plain.dtype == weights_type else 5e-2
+    logits = network.causal_lm(torch.tensor([prompts[0]], device=network.device)).logits[0, -1].float()
+    found = network.logits(plain[0, 0].to(weights_type))
+    if not torch.allclose(found, logits, rtol=tolerance, atol=10 * tolerance):
+        raise ModelError(
+            "this model changes its logits after the output layer, which is not supported; "
+            "choose another --train_model_name"
+        )
+    # 3. States, in every layout that may be used.
+    reason = None
+    window = attention.window(network.causal_lm.config.get_text_config())
+    if window and longest > window:
+        reason = f"it attends to the last {window} tokens, and there may be {longest}"
+    layouts = ((False, None), (False, 1), (True, 1)) if network.packed else ((False, None),)
+    for packed, min_separate_prefix in layouts:
+        try:
+            with network.layout(packed, min_separate_prefix):
+                shared = torch.stack(engine.states(prompts, [tree, tree])).float()
+            error = float((shared - plain).norm() / plain.norm())
+            reason = reason or (f"relative error {error:.1e}" if not error < tolerance else None)
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as problem:
+            reason = reason or f"{type(problem).__name__}: {problem}".splitlines()[0]
+    network.plain = reason is not None
+    return reason

@@ -1,15 +1,14 @@
 """LoRA's linear layer with less work: in float32 the same numbers as peft's, in fewer passes over memory.
 
 peft computes `base(x) + lora_B(lora_A(x)) * scaling` as five operations, each with an output of its own that autograd
-may keep. Here the low-rank part is added into the base layer's output in place, its gradient into the input's in place,
-and only the input and the (tokens, r) middle are kept. Over a base in bfloat16, as on a card, peft turns every
-layer's input into float32 and multiplies it with A and B in that. Here these two are rounded to the base's type, as
-under autocast, and so are their gradients, which add up and are applied in float32.
-(LoRA: https://arxiv.org/abs/2106.09685)
+may keep. Here the low-rank part is added in place to the base layer's output, its gradient in place to the input's, and
+only the input and the (tokens, r) middle are kept. Over a base in bfloat16, as on a card, peft converts every layer's
+input to float32 and multiplies it by A and B in float32. Here A and B are rounded to the base's type, as under
+autocast; so are their gradients, which are summed and applied in float32. (LoRA: https://arxiv.org/abs/2106.09685)
 
-The last layer of a gated feed-forward layer, down(silu(gate) * up), takes gate and up and not their product: autograd
-would keep the product and silu(gate) too, together almost a third of all that training keeps. They are computed anew on
-the way back. (SwiGLU: https://arxiv.org/abs/2002.05202)
+The down projection of a gated feed-forward layer, down(silu(gate) * up), takes gate and up in place of their product:
+autograd would keep the product and silu(gate) too, almost a third of all activations. They are recomputed in the
+backward pass. (SwiGLU: https://arxiv.org/abs/2002.05202)
 """
 
 import torch
@@ -56,9 +55,9 @@ class LowRankLinear(torch.autograd.Function):
 def fuse(model: nn.Module) -> int:
     """Let the LoRA layers of a peft model compute in this way. Returns how many.
 
-    A layer that has more to it (several adapters, dropout, 8-bit weights, a variant such as DoRA, a base layer cut up
-    by DeepSpeed, data types other than one for all or float32 over bfloat16) stays as it is. While an adapter is
-    switched off or merged, its layers compute in peft's way.
+    A layer with more to it stays as it is: several adapters, dropout, 8-bit weights, a variant such as DoRA, a base
+    layer sharded by DeepSpeed, or data types other than one for all or float32 over bfloat16. While an adapter is
+    disabled or merged, its layers compute in peft's way.
     """
     fused = 0
     for layer in model.modules():
@@ -81,20 +80,20 @@ def _plain(layer: Linear) -> bool:
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and name not in layer.lora_variant
         and not layer.base_layer.weight.requires_grad
-        and not hasattr(layer.base_layer.weight, "ds_id")  # DeepSpeed's: there only while the base layer computes
+        and not hasattr(layer.base_layer.weight, "ds_id")  # DeepSpeed's: gathered only while the base layer computes
         and (trained == {base} or trained == {torch.float32} and base == torch.bfloat16)
     )
 
 
 @torch.no_grad()
 def _gated(layer: nn.Module) -> bool:
-    """Whether this is down(silu(gate) * up) of fused layers: by the names of its parts, and by what they give."""
+    """Whether this is down(silu(gate) * up) of fused layers: by the names of its parts, and by its output."""
     parts = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     fused = all(isinstance(part, Linear) and isinstance(part.forward, _Forward) for part in parts)
     if not fused or not hasattr(layer, "act_fn"):
         return False
     weight = parts[0].base_layer.weight
-    if isinstance(weight, DTensor):  # cut up by FSDP: there only while its block computes, so nothing can be tried
+    if isinstance(weight, DTensor):  # sharded by FSDP: gathered only while its block computes, so nothing can be tried
         return False
     example = torch.linspace(-3, 3, weight.shape[1], device=weight.device, dtype=weight.dtype)[None, None]
     if not torch.allclose(layer.act_fn(example), nn.functional.silu(example), atol=1e-2):

@@ -36,7 +36,7 @@ def device() -> torch.device:
 
 
 def device_line() -> str:
-    """For people: what the run computes on, in which number format, and what its processes share out, if anything."""
+    """One line on what the run computes on, in which number format, and what its processes shard, if anything."""
     where = f"No CUDA card found: running on the CPU ({torch.get_num_threads()} threads) in float32."
     if torch.cuda.is_available():
         where = f"Running on {torch.cuda.get_device_name()} in bfloat16."
@@ -159,7 +159,7 @@ def load_model(
             if (adapter / manifests.FILE).exists():
                 manifests.verify(adapter)
             model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).merge_and_unload()
-    if not load_in_8bit and not sharding.active():  # a model that will be cut up may be too large for one card
+    if not load_in_8bit and not sharding.active():  # a model that will be sharded may be too large for one card
         model.to(device())
     # The checkpoints name the base as the user did, not by this machine's cache folder.
     model.name_or_path = model.config._name_or_path = base_name(name, from_local)

@@ -1,4 +1,4 @@
-"""Answers as trees of tokens, what was sampled for one prompt or all spellings of a task's labels; and drawing."""
+"""Answers as trees of tokens (samples of one prompt, or all spellings of a task's labels), and random draws."""
 
 from dataclasses import dataclass, field
 
@@ -50,21 +50,21 @@ class Answer:
 
     tokens: list[int]
     nodes: list[int]
-    ended: bool  # by the end-of-sequence token (which `text` leaves out) or by the stop rule
+    ended: bool  # by the end-of-sequence token, which is not in `text`, or by the stop rule
     text: str
-    label: int | None = None  # chosen among the labels of a trie, if it was
-    last_label_probability: float | None = None  # where a label is all of the answer
+    label: int | None = None  # if it was chosen among the labels of a trie
+    last_label_probability: float | None = None  # if a label is all of the answer
 
 
 class LabelTrie:
     """The spellings of a task's labels as a tree, and which tokens may follow at each node.
 
     Attributes:
-        tree: the nodes that must be known to choose among the labels; a forced token has none of its own.
+        tree: the nodes at which labels part, and those that lead there; other forced tokens have no node.
         vocabulary: (tokens,) the token ids that may be chosen anywhere; all distributions are over these columns.
         mask: (nodes, tokens), 0 where the column's token continues a label (or closes the answer), MASKED elsewhere;
             on the device where it was last needed.
-        allowed: the tokens that may be chosen, by node; the other nodes only lead to these.
+        allowed: the tokens that may be chosen, by node; at the nodes left out nothing is chosen.
         paths: for every label, the decisions [(node, column), ...] that lead to it.
     """
 
@@ -99,7 +99,7 @@ class LabelTrie:
         self.paths = [[(node, column[token]) for node, token in path] for path in decisions]
         self._next = {tuple(path[:t]): path[t][0] for path in self.paths for t in range(len(path))}
         self._label = {tuple(path): label for label, path in enumerate(self.paths)}
-        # (labels, decisions of the longest path): places in (nodes, columns); one behind the last adds nothing.
+        # (labels, decisions of the longest path): indices into (nodes x columns), padded with one that adds nothing.
         places = [[node * len(self.vocabulary) + at for node, at in path] for path in self.paths]
         nothing, most = self.mask.numel(), max(map(len, places))
         self._places = torch.tensor([path + [nothing] * (most - len(path)) for path in places])
@@ -107,7 +107,7 @@ class LabelTrie:
     def log_probs(self, logits: torch.Tensor, temperature: float = 1.0, nodes=slice(None)) -> torch.Tensor:
         """(..., nodes, columns) logits of the vocabulary -> log-probs among the tokens that each node allows.
 
-        nodes: which ones they are, if they are not all of them in their order.
+        nodes: their numbers, if they are not all nodes in order.
         """
         self.mask = self.mask.to(logits.device)
         return torch.log_softmax(logits / temperature + self.mask[nodes], dim=-1)
@@ -147,7 +147,7 @@ class LabelTrie:
 
 
 def row_seeds(count: int, generator: torch.Generator | None, row_offset: int = 0) -> list[int]:
-    """A seed for every row's own stream: neither micro-batches nor processes can then change what is sampled.
+    """A seed for every row's own stream, so that neither micro-batches nor processes change what is sampled.
 
     row_offset: the number of the first of these `count` rows among those of all processes.
     """
@@ -160,7 +160,7 @@ def random_stream(seed: int | None) -> torch.Generator | None:
 
 
 def draw(probabilities: torch.Tensor, count: int, generator: torch.Generator | None) -> list[int]:
-    """`count` places drawn from (places,) probabilities on the CPU. FloatingPointError if the network gave NaN."""
+    """`count` indices drawn from (n,) probabilities on the CPU. FloatingPointError if they are not finite."""
     if not bool(torch.isfinite(probabilities).all()):
         raise FloatingPointError("the model's probabilities are not finite")
     return torch.multinomial(probabilities, count, replacement=True, generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""Memory: how many tokens of a model fit into it, what the C library does with freed memory, whether it ran out."""
+"""Memory: how many tokens of a model fit into it, what the C library does with freed memory, and whether it ran out."""
 
 import ctypes
 import os
@@ -16,19 +16,20 @@ def ran_out(error: BaseException) -> bool:
     return known or any(words in str(error) for words in ("allocate memory", "CUDA error: out of memory"))
 
 
-def training_tokens(model: nn.Module, keeps: bool = False) -> int:
-    """How many tokens of this model may go through the network at once in training: what half the free memory holds.
+def training_token_budget(model: nn.Module, keep_rollout: bool = False) -> int:
+    """How many tokens may go through the network at once in training: as many as half the free memory holds.
 
     A token keeps at most 32 hidden and 12 feed-forward vectors a layer (SmolLM2-135M-Instruct with LoRA on all linear
-    layers: half of that on a CPU). On a CPU more than 512 tokens only cost memory, but where the forward of a rollout
-    is kept (`keeps`) a rollout of up to 2,048 tokens saves its second one; on a card more than 16,384 gain nothing.
+    layers: half of that on a CPU). On a CPU more than 512 tokens only cost memory, unless the forward of a rollout is
+    kept for its first update (`keep_rollout`): then up to 2,048 tokens save a second forward. On a card more than
+    16,384 gain nothing.
     """
     hidden, inner, layers = _sizes(model)
-    return _fitting_tokens(model, layers * (32 * hidden + 12 * inner), 16384, 2048 if keeps else 512)
+    return _fitting_tokens(model, layers * (32 * hidden + 12 * inner), 16384, 2048 if keep_rollout else 512)
 
 
-def asking_tokens(model: nn.Module) -> int:
-    """The same without gradients: a token keeps its keys and values, and what is computed in one layer at a time."""
+def inference_token_budget(model: nn.Module) -> int:
+    """The same without gradients: a token keeps its keys and values, and one layer's activations at a time."""
     hidden, inner, layers = _sizes(model)
     return _fitting_tokens(model, 2 * layers * hidden + 32 * hidden + 12 * inner, 8192, 2048)
 
@@ -41,8 +42,8 @@ def _sizes(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _fitting_tokens(model: nn.Module, numbers: int, most_on_card: int, most_on_cpu: int) -> int:
-    """Tokens of so many numbers each; rounded down to a power of two, so that the same machine gives the same
-    micro-batches."""
+    """How many tokens of so many numbers each fit into half the free memory, rounded down to a power of two, so that
+    the same machine gives the same micro-batches."""
     weight = model.get_input_embeddings().weight
     cuda = weight.device.type == "cuda"
     free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
@@ -51,14 +52,14 @@ def _fitting_tokens(model: nn.Module, numbers: int, most_on_card: int, most_on_c
 
 
 def keep_freed() -> None:
-    """Let glibc keep what is freed (it does nothing elsewhere).
+    """Let glibc keep freed memory (elsewhere this does nothing).
 
-    It would give a micro-batch's memory back to the system when its backward ends, and the next one would get it again
-    page by page, each filled with zeros: a tenth of a training step's time on two cores.
+    Otherwise it returns a micro-batch's memory to the system when its backward ends, and the next micro-batch gets it
+    back page by page, each filled with zeros: a tenth of a training step's time on two cores.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-        # Older ones take no more than 32 MiB; and to set only the first would keep their threshold at 128 KiB.
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
+        # Older versions take no more than 32 MiB; setting only the trim threshold would leave this one at 128 KiB.
         if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
             mallopt(trim_threshold, 2**31 - 1)

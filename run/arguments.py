@@ -54,6 +54,16 @@ class Arguments:
     seed: int = option(0, "run", "seed of the data order, the sampling and the adapter's initial weights")
     report_to: str = option("wandb", "evaluation and saving", "dashboard: none, wandb, tensorboard or trackio")
 
+    @property
+    def model_options(self) -> dict:
+        """What engine.loading takes beside the model's name and its tokenizer."""
+        return dict(
+            longest=self.max_prompt_length + self.max_response_length,
+            from_local=self.from_local,
+            load_in_8bit=self.load_in_8bit,
+            trust_remote_code=self.trust_remote_code,
+        )
+
 
 Given = TypeVar("Given", bound=Arguments)
 

@@ -17,9 +17,11 @@ from engine.batches import common_prefix, grouped, micro_batches
 from engine.decoding import Sampling
 from engine.engine import Engine
 from engine.judging import generate_then_classify
+from engine.loading import check
+from engine.network import Network
 from engine.trees import MASKED, Answer, LabelTrie, Tree
 from machine.errors import ModelError
-from machine.memory import asking_tokens, training_tokens
+from machine.memory import inference_token_budget, training_token_budget
 
 KINDS = ["llama", "qwen2", "neox", "gpt2"]
 
@@ -79,11 +81,11 @@ def never(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------- states, gradients
 
 
-@pytest.fixture(params=["packed", "expanded", "apart"])
+@pytest.fixture(params=["packed", "expanded", "separate"])
 def any_prefix(request, monkeypatch):
-    """How rows and their shared prefix are attended to: rows behind one another, or padded with the prefix's keys and
-    values expanded over them, or apart from theirs."""
-    make = Engine.__init__
+    """How rows and their shared prefix are laid out: packed, or padded with the prefix's keys and values expanded over
+    them, or padded with a separate prefix."""
+    make = Network.__init__
 
     def made(self, *arguments):
         make(self, *arguments)
@@ -91,7 +93,7 @@ def any_prefix(request, monkeypatch):
             self.packed = request.param == "packed"
             self.min_separate_prefix = None if request.param == "expanded" else 1
 
-    monkeypatch.setattr(Engine, "__init__", made)
+    monkeypatch.setattr(Network, "__init__", made)
 
 
 @pytest.mark.usefixtures("any_prefix")
@@ -118,28 +120,28 @@ WINDOW = dict(sliding_window=16, use_sliding_window=True, max_window_layers=0)
 
 def test_rows_are_packed_only_where_every_token_sees_all_before_it(tokenizer):
     model = tiny_model("qwen2")
-    assert Engine(model, tokenizer).packed
+    assert Engine(model, tokenizer).network.packed
     model.set_attn_implementation("eager")
-    assert not Engine(model, tokenizer).packed
-    assert not Engine(tiny_model("qwen2", **WINDOW), tokenizer).packed
+    assert not Engine(model, tokenizer).network.packed
+    assert not Engine(tiny_model("qwen2", **WINDOW), tokenizer).network.packed
 
 
 def test_a_prompt_that_may_be_longer_than_the_window_takes_the_plain_forward(tokenizer):
     engine = Engine(tiny_model("qwen2", **WINDOW), tokenizer)
-    assert engine.check(16) is None and not engine.plain
-    assert "last 16 tokens" in engine.check(17) and engine.plain
-    assert Engine(tiny_model("qwen2"), tokenizer).check(100) is None
+    assert check(engine, 16) is None and not engine.network.plain
+    assert "last 16 tokens" in check(engine, 17) and engine.network.plain
+    assert check(Engine(tiny_model("qwen2"), tokenizer), 100) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_a_long_prefix_is_attended_to_apart(kind, tokenizer, monkeypatch):
+def test_only_a_long_prefix_is_attended_to_separately(kind, tokenizer, monkeypatch):
     attend, seen = attention._attend, []
     monkeypatch.setattr(attention, "_attend", lambda *inputs: seen.append(inputs) or attend(*inputs))
     engine = Engine(tiny_model(kind), tokenizer)
-    engine.packed = False
-    for engine.min_separate_prefix, times in ((len(PREFIX), 2), (len(PREFIX) + 1, 0), (attention.SHORTEST, 0)):
+    for shortest, times in ((len(PREFIX), 2), (len(PREFIX) + 1, 0), (attention.SHORTEST, 0)):
         seen.clear()
-        engine.states(PROMPTS["prefix"], trees_for(ENDS))
+        with engine.network.layout(packed=False, min_separate_prefix=shortest):
+            engine.states(PROMPTS["prefix"], trees_for(ENDS))
         assert len(seen) == times * engine.model.config.num_hidden_layers
 
 
@@ -179,14 +181,14 @@ def test_gradients_equal_the_plain_forward(kind, case, tokenizer):
 
 def short_of_memory(engine: Engine, tokens_that_fit: int) -> None:
     """Let every forward of more tokens (rows x columns) fail as a full card does."""
-    backbone = engine.backbone.forward
+    backbone = engine.network.backbone.forward
 
     def forward(ids, **more):
         if ids.numel() > tokens_that_fit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return backbone(ids, **more)
 
-    engine.backbone.forward = forward
+    engine.network.backbone.forward = forward
 
 
 def test_out_of_memory_halves_the_budget_and_changes_nothing(tokenizer, capsys):
@@ -223,12 +225,12 @@ def test_the_budget_follows_free_memory(monkeypatch):
     model = tiny_model()  # 2 layers x (32 x 32 + 12 x 64 numbers) x 4 bytes = 14,336 bytes a token
     for free, tokens_that_fit in ((2 * 14_336 * 100, 64), (2 * 14_336 * 128, 128), (2**40, 512), (0, 16)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        assert training_tokens(model) == tokens_that_fit
-        assert training_tokens(model, keeps=True) == (2048 if tokens_that_fit == 512 else tokens_that_fit)
+        assert training_token_budget(model) == tokens_that_fit
+        assert training_token_budget(model, keep_rollout=True) == (2048 if tokens_that_fit == 512 else tokens_that_fit)
     # Without gradients one layer's numbers, and keys and values of both: (1,792 + 2 x 2 x 32) x 4 bytes.
     for free, tokens_that_fit in ((2 * 7_680 * 100, 64), (2 * 7_680 * 128, 128), (2**40, 2048), (0, 16)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        assert asking_tokens(model) == tokens_that_fit
+        assert inference_token_budget(model) == tokens_that_fit
 
 
 def test_full_weights_get_the_same_gradients_too(tokenizer):
@@ -260,26 +262,26 @@ def test_the_prefix_is_pushed_through_the_network_once(tokenizer):
 def test_the_last_feed_forward_layer_computes_only_what_is_read(kind, tokenizer):
     model, prompts = tiny_model(kind), PROMPTS["prefix"]
     engine, trees, seen = Engine(model, tokenizer, 30), trees_for(PROMPTS["prefix"]), []
-    whole = engine.last_feedforward.whole
-    engine.last_feedforward.whole = lambda hidden: seen.append(hidden.shape[-2]) or whole(hidden)
+    whole = engine.network.last_feedforward.whole
+    engine.network.last_feedforward.whole = lambda hidden: seen.append(hidden.shape[-2]) or whole(hidden)
     engine.states(prompts, trees)
     nodes = sum(map(len, trees))
     assert nodes <= sum(seen) < engine.tokens_computed
-    if engine.packed:
+    if engine.network.packed:
         assert sum(seen) == nodes
     # The model itself still computes all of it.
     seen.clear()
     model(torch.tensor([prompts[0]]))
     assert seen == [len(prompts[0])]
-    assert Engine(model, tokenizer).last_feedforward is engine.last_feedforward
+    assert Engine(model, tokenizer).network.last_feedforward is engine.network.last_feedforward
 
 
 def test_a_model_with_another_kind_of_block_computes_all_of_it(tokenizer):
-    assert Engine(tiny_model("mpt"), tokenizer).last_feedforward is None
+    assert Engine(tiny_model("mpt"), tokenizer).network.last_feedforward is None
     sizes = {**BASE, **SIZES, "num_key_value_heads": 2}
     experts = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)).eval()
     engine, prompts = Engine(experts, tokenizer), PROMPTS["prefix"]
-    assert engine.last_feedforward is None and engine.check() is None
+    assert engine.network.last_feedforward is None and check(engine) is None
     trees = trees_for(prompts)
     for state, logits in zip(engine.states(prompts, trees), plain_logits(experts, prompts, trees)):
         assert error(engine.logits(state), logits) < 1e-4
@@ -433,7 +435,7 @@ def test_a_forward_that_is_kept_has_the_gradients_of_a_second_one(kind, case, to
     """Of generation with all its steps, and of states; rows leave the batch at different steps."""
     model, prompts = with_lora(tiny_model(kind)), PROMPTS[case]
     engine = Engine(model, tokenizer)
-    engine.check()
+    check(engine)
     sampling = lambda: Sampling(lambda text: "w3" in text, 5, 3, 1.5, torch.Generator().manual_seed(2))  # noqa: E731
     trees, answers, states = engine.generate(prompts, sampling(), keep=True)
     _, others, without = engine.generate(prompts, sampling())
@@ -455,21 +457,22 @@ def test_a_forward_that_is_kept_has_the_gradients_of_a_second_one(kind, case, to
     expected = gradients(second())
     kept = engine.states(prompts, trees, keep=True)
     assert error(gradients(zip(weights, kept)), expected) < 1e-4
-    packed = engine.packed and not engine.plain  # rows that grow padded would hold their keys in every step anew
+    # Rows that grow padded would hold their keys in every step anew.
+    packed = engine.network.packed and not engine.network.plain
     if packed:
         assert error(gradients(zip(weights, states)), expected) < 1e-4
     for state, other in zip(states, kept):
         assert state.requires_grad == packed and error(state, other) < 1e-4
     # It is kept only where one pass is enough, of the prompts and of what they have grown to, and only if asked for.
     assert not any(state.requires_grad for state in without)
-    length = 0 if engine.plain else common_prefix(prompts)
+    length = 0 if engine.network.plain else common_prefix(prompts)
     everything = sum(len(p) - length + len(tree) for p, tree in zip(prompts, trees))
     for budget in (1, everything - 1, everything):
         engine.tokens_per_micro_batch = budget
         grown = engine.generate(prompts, sampling(), keep=True)[2]
         fits = case == "one row" or budget == everything
         assert all(state.requires_grad == (packed and fits) for state in grown)
-        if engine.packed:
+        if engine.network.packed:
             assert all(state.requires_grad == fits for state in engine.states(prompts, trees, keep=True))
 
 
@@ -483,7 +486,7 @@ def answers_of(engine, prompts, **settings) -> list[list[list[int]]]:
 def test_a_batch_of_one_answers_as_a_batch_of_many(kind, tokenizer):
     model = tiny_model(kind)
     engine = Engine(model, tokenizer)
-    engine.check()
+    check(engine)
     prompts = PROMPTS["prefix"] + PROMPTS["no prefix"]
     together = answers_of(engine, prompts)
     assert together == [answers_of(engine, [prompt])[0] for prompt in prompts]
@@ -531,7 +534,7 @@ def ignoring_positions(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_finds_nothing_where_the_shared_prefix_fits(kind, tokenizer):
     engine = Engine(with_lora(tiny_model(kind)), tokenizer)
-    assert engine.check() is None and not engine.plain
+    assert check(engine) is None and not engine.network.plain
 
 
 @pytest.mark.parametrize("kind", ["mpt", "patched"])
@@ -539,8 +542,8 @@ def test_check_falls_back_to_the_plain_forward(kind, tokenizer):
     model = ignoring_positions(tiny_model()) if kind == "patched" else tiny_model("mpt")
     model = with_lora(model)
     engine, prompts = Engine(model, tokenizer, 30), PROMPTS["prefix"] + PROMPTS["no prefix"]
-    reason = engine.check()
-    assert reason and "\n" not in reason and engine.plain
+    reason = check(engine)
+    assert reason and "\n" not in reason and engine.network.plain
     trees = trees_for(prompts)
     expected = plain_logits(model, prompts, trees)
     for state, logits in zip(engine.states(prompts, trees), expected):
@@ -576,7 +579,7 @@ def test_check_refuses_a_model_that_changes_its_logits(tokenizer):
     sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
     model = Gemma2ForCausalLM(Gemma2Config(**BASE, **sizes, final_logit_softcapping=2.0)).eval()
     with pytest.raises(ModelError, match="changes its logits"):
-        Engine(model, tokenizer).check()
+        check(Engine(model, tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------------- the labels
@@ -692,7 +695,7 @@ def test_the_full_tree_scores_whole_spellings(case, tokenizer):
 def test_a_judgement_after_a_free_analysis(kind, tokenizer):
     model, prompts = with_lora(tiny_model(kind)), PROMPTS["prefix"]
     engine = Engine(model, tokenizer, 60)
-    engine.check()
+    check(engine)
     words = ("no", "not at all", "yes")
     spellings = [tokens(word) for word in words]
     trie = LabelTrie(spellings, EOS)
@@ -705,9 +708,9 @@ def test_a_judgement_after_a_free_analysis(kind, tokenizer):
     trees, answers, states = generate_then_classify(engine, prompts, sampling(), *how)
     plain = plain_logits(model, prompts, trees)
     ends = set()
-    for tree, group, before, state, logits in zip(trees, answers, analyses, states, plain):
+    for tree, group, analysed_group, state, logits in zip(trees, answers, analyses, states, plain):
         assert error(engine.logits(state), logits) < 1e-4
-        for answer, (text, analysis, _) in zip(group, before):
+        for answer, (text, analysis, _) in zip(group, analysed_group):
             ends.add(analysis[-1] == EOS)
             free = [t for t in analysis if t != EOS]
             decisions = answer.tokens[len(analysis) :]
@@ -718,15 +721,15 @@ def test_a_judgement_after_a_free_analysis(kind, tokenizer):
             for node, token, (inner, column) in zip(answer.nodes[len(analysis) :], decisions, trie.paths[answer.label]):
                 assert tree.path(node) == free + link + trie.tree.path(inner)
                 assert token == trie.vocabulary[column] and token in tree.allowed[node]
-                allowed = {s[len(trie.tree.path(inner))] for s in ([*s, EOS] for s in spellings)
-                           if s[: len(trie.tree.path(inner))] == trie.tree.path(inner)}  # fmt: skip
-                assert set(tree.allowed[node]) == allowed
+                before = trie.tree.path(inner)
+                closed = [[*spelling, EOS] for spelling in spellings]
+                assert set(tree.allowed[node]) == {s[len(before)] for s in closed if s[: len(before)] == before}
     assert ends == {True, False}  # answers that ended themselves, and answers that were cut off
 
 
 @pytest.mark.parametrize("case", ["prefix", "no prefix"])
 def test_a_judgement_that_is_kept_has_the_gradients_of_a_second_forward(case, tokenizer):
-    """And does not push the prompts through the network again, where all are one micro-batch."""
+    """Nor does it push the prompts through the network again, if they are one micro-batch."""
     model, prompts = with_lora(tiny_model()), PROMPTS[case]
     engine = Engine(model, tokenizer)
     trie = LabelTrie([tokens("no"), tokens("not at all"), tokens("yes")], EOS)

@@ -19,6 +19,7 @@ import rewards
 import tasks
 from engine import models
 from engine.decoding import Sampling
+from engine.loading import check
 from engine.trees import Answer, Tree
 from evaluation.answer_spaces import AnswerFormat
 from machine.errors import TrainingError
@@ -417,7 +418,7 @@ def test_nothing_in_an_update_waits_for_a_card(mode, device, tmp_path, monkeypat
     for name in names:
         setattr(known, name, getattr(known, name).to(device))
     trainer.model.to(device)
-    trainer.engine.packed, trainer.engine._columns = False, {}  # rows are packed on the CPU only
+    trainer.engine.network.packed, trainer.engine.network._columns = False, {}  # rows are packed on the CPU only
     monkeypatch.setattr(PPOConfig, "device", torch.device(device))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)  # knows no meta device
     if device == "cuda":
@@ -728,7 +729,7 @@ def test_a_model_without_an_adapter_is_trained_whole(tmp_path):
 
 def test_the_fallback_trains_too(tmp_path):
     trainer = make_trainer(tmp_path, model=with_lora(tiny_model("mpt")), config=MODES["labels"], words=LONG_WORDS)
-    assert trainer.engine.check()
+    assert check(trainer.engine)
     rollout = caught_rollout(trainer, make_rows(8))
     found = policy_gradient(trainer.model).clone()
     trainer.model.zero_grad()

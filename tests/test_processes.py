@@ -138,7 +138,7 @@ def test_sharded_weights_learn_the_same(by, kind, model_folder, data_root, tmp_p
     given += more + (["--tokens_per_micro_batch", "48"] if script == "ppo.py" else [])
     launch(1, script, *given, "--output_dir", str(tmp_path / "1"))
     done = launch(2, script, *given, "--output_dir", str(tmp_path / "2"), by=by)
-    named = "would share out" if by == "zero2" else "keeps a part of the frozen weights"
+    named = "would shard gradients" if by == "zero2" else "keeps a shard of the frozen weights"
     assert done.stdout.count(named) == 1
     assert_same_run(tmp_path / "1", tmp_path / "2")
 
@@ -177,7 +177,7 @@ def test_eight_bits_are_not_sharded(monkeypatch, capsys):
     monkeypatch.setattr(processes, "LAUNCHED_FOR", "FSDP")
     with pytest.raises(SystemExit) as stopped:
         ppo.main(["--report_to", "none", "--load_in_8bit", "True"])
-    assert stopped.value.code == 2 and "cannot cut up weights of 8 bits" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "cannot shard 8-bit weights" in capsys.readouterr().err
 
 
 def test_a_killed_process_ends_the_whole_run(model_folder, data_root, tmp_path):

@@ -121,8 +121,9 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
     loss = trainer.training_step(trainer.model, dict(batch), count)
     found = {name: weight.grad.clone() for name, weight in weights.items()}
     trainer.model.zero_grad()
-    hidden = trainer.engine.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    logits, labels = trainer.engine.head(hidden)[:, :-1], batch["labels"][:, 1:]
+    network = trainer.engine.network
+    hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    logits, labels = network.head(hidden)[:, :-1], batch["labels"][:, 1:]
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     plain.backward()
     assert float(loss) == pytest.approx(plain.item(), rel=1e-4)

@@ -74,6 +74,7 @@ class PPOTrainer(RunTrainer, Trainer):
         compute_metrics: `(engine) -> dict` for evaluation on held-out rows; its `score` decides what is best.
         on_save: called with every checkpoint's folder before it counts as written.
         callbacks: as for Trainer.
+        engine: that of `model`, as engine.loading gives it; None: a new one.
 
     Raises ValueError for arguments that do not fit each other, ModelError for labels that the tokenizer spells alike.
     """
@@ -92,6 +93,7 @@ class PPOTrainer(RunTrainer, Trainer):
         compute_metrics: Callable[[Engine], dict[str, float]] | None = None,
         on_save: Callable[[Path], None] = lambda checkpoint: None,
         callbacks: list | None = None,
+        engine: Engine | None = None,
     ):
         check(args, answer_format)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
@@ -113,7 +115,8 @@ class PPOTrainer(RunTrainer, Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.engine = Engine(model, processing_class, args.tokens_per_micro_batch)
+        self.engine = engine or Engine(model, processing_class)
+        self.engine.start_training(model, args.tokens_per_micro_batch)
         self.engine.shared_length = common_prefix([self.prompt_ids(row) for row in train_dataset])
         words = [processing_class(word, add_special_tokens=False).input_ids for word in self.label_words]
         self.policy = Policy(

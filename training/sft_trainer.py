@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from engine.engine import Engine
 from engine.trees import Tree
 from machine import processes
-from machine.memory import training_tokens
+from machine.memory import training_token_budget
 from training.run_trainer import RunTrainer
 
 IGNORED = -100  # label of a token without loss
@@ -36,13 +36,15 @@ class Finetuner(RunTrainer, SFTTrainer):
     Args (all others are SFTTrainer's):
         evaluate_with: `(engine) -> dict` of held-out figures, whose `score` decides what is best.
         on_save: called with every checkpoint's folder before it counts as written.
+        engine: that of the model, as engine.loading gives it; None: a new one.
     """
 
-    def __init__(self, *args, evaluate_with, on_save, **kwargs):
+    def __init__(self, *args, evaluate_with, on_save, engine: Engine | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluation, self.on_save = evaluate_with, on_save
-        tokens = self.args.tokens_per_micro_batch or training_tokens(self.model)
-        self.engine = Engine(self.model, self.processing_class, tokens)
+        tokens = self.args.tokens_per_micro_batch or training_token_budget(self.model)
+        self.engine = engine or Engine(self.model, self.processing_class)
+        self.engine.start_training(self.model, tokens)
         self.episodes: list[dict] = []  # of the last evaluation
         self.started: float | None = None  # when the step's first micro-batch began
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 import rewards
 from engine import models
 from engine.engine import Engine
-from engine.loading import load_model
 from evaluation import answer_spaces, predict, predictions, scores
 from evaluation.predictions import Prediction
 from machine import processes
@@ -34,12 +33,6 @@ def load_tokenizer(arguments: TrainArguments, data: list[TaskData]) -> PreTraine
         for part in data:
             answer_spaces.label_trie(part.task, tokenizer)
     return tokenizer
-
-
-def load(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, bool]:
-    """The model, and whether its engine must use the plain forward. Raises ModelError."""
-    model, problem = load_model(arguments.train_model_name, tokenizer, arguments)
-    return model, problem is not None
 
 
 def trainer_settings(arguments: TrainArguments, folder: Path, rows: int) -> dict:
@@ -175,14 +168,13 @@ class TrainingRun:
         """Complete a checkpoint by the adapter that training began from, if there was one."""
         models.save_start_adapter(self.arguments.train_model_name, self.arguments.from_local, checkpoint)
 
-    def train(self, trainer, plain: bool) -> None:
+    def train(self, trainer) -> None:
         """Train from the start or from the run's last checkpoint; SystemExit if a signal ended it before its time.
 
-        trainer: a RunTrainer. plain: whether its engine must use the plain forward.
+        trainer: a RunTrainer.
         """
         quiet_trainer(trainer)
         self.progress.trainer = trainer
-        trainer.engine.plain = plain
         if self.checkpoint:
             print(f"Going on from {self.checkpoint}")
         trainer.train_from(self.checkpoint)
