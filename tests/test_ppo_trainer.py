@@ -712,6 +712,15 @@ def test_rewards_of_several_functions_add_up_and_take_columns(tmp_path):
     assert episode["reward"] == len(episode["prompt"]) + (1.0 if episode["answer"] == gold else -1.0)
 
 
+@pytest.mark.parametrize("mode", ["expected", "free"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_accuracy_is_logged_where_rows_have_labels(labelled, mode, tmp_path):
+    rows = [row if labelled else {"id": row["id"], "prompt_ids": row["prompt_ids"]} for row in make_rows()]
+    trainer = make_trainer(tmp_path, reward=noisy_reward, rows=rows, config=MODES.get(mode))
+    trainer.train()
+    assert ("objective/accuracy" in step_logs(trainer)[0]) == labelled
+
+
 def test_a_text_prompt_is_tokenized(tmp_path):
     rows = [{"prompt": "Text: red Answer:", "label": 0}, {"prompt": "Text: blue w1 Answer:", "label": 1}] * 4
     trainer = make_trainer(tmp_path, rows=rows)

@@ -22,7 +22,7 @@ from machine.errors import TrainingError
 from machine.files import fsync_folder, remove_folder
 from run.checkpoints import ADAPTER_FILE, OLD_BEST, STATE_FILE, checkpoints_of, run_id, step_of
 
-PICKLE = "training_args.bin"  # Trainer leaves it, nothing reads it, and to look into it is to run what it says
+PICKLE = "training_args.bin"  # Trainer writes it; nothing reads it, and unpickling it would run code
 
 
 class RunTrainer:
@@ -62,7 +62,7 @@ class RunTrainer:
                     f"{checkpoint} holds a file that is loaded only by running code from it, which is not done "
                     f"({str(error).splitlines()[0]}); this program did not write it"
                 ) from error
-        else:  # Trainer would do one step more
+        else:  # Trainer would do one more step
             self._load_from_checkpoint(str(checkpoint))
             self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
@@ -74,7 +74,7 @@ class RunTrainer:
             metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
         metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
         score, best = metrics.get(f"{metric_key_prefix}/score"), self._best_score()
-        # best/ first: a run that is killed in between evaluates again, and finds nothing better than what it has saved.
+        # Save best/ before logging: a run killed in between evaluates again, and finds nothing better than best/.
         if score is not None and (best is None or score > best):
             self.state.best_metric, self.state.best_global_step = score, self.state.global_step
             self._write_folder("best", self.save_model, score=score)
@@ -90,12 +90,12 @@ class RunTrainer:
         return {"train/samples": samples, "time/peak_memory_bytes": processes.peak_memory_bytes()}
 
     def _best_score(self) -> float | None:
-        """The score of what lies in best/; without it, the best that the run knows of."""
+        """The score of best/; without that folder, the best that the run knows of."""
         manifest = manifests.read(Path(self.args.output_dir) / "best") or {}
         return manifest.get("score", self.state.best_metric)
 
     def floating_point_ops(self, inputs) -> int:
-        """Not counted: Trainer's formula does not know what is left out of the forward."""
+        """Not counted: Trainer's formula does not know what the engine's forward leaves out."""
         return 0
 
     def last_checkpoint(self) -> Path | None:
@@ -165,7 +165,7 @@ class RunTrainer:
             run.mkdir(parents=True, exist_ok=True)
             aside = Path(processes.broadcast_from_main(lambda: tempfile.mkdtemp(dir=run, prefix=f".new-{name}-")))
             with warnings.catch_warnings():
-                # peft asks the hub whether the base's vocabulary was changed; it was not, and there may be no hub.
+                # peft asks the hub whether the vocabulary was resized; it was not, and there may be no hub.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
                 write(str(aside))
             processes.all_gather([name])  # a barrier: every process has written its part

@@ -1,13 +1,13 @@
-"""Batches with the whole data's share of every label."""
+"""The order of the rows in an epoch: every batch has about the label shares of the whole data."""
 
 import torch
 
 
 class StratifiedSampler(torch.utils.data.Sampler):
-    """Every epoch a new order in which each run of rows has about the whole set's share of each label.
+    """A new order each epoch, in which any consecutive rows have about the label shares of the whole data.
 
-    A batch in which one label is more frequent than in the data moves the policy's preference for that label before
-    anything about the texts is learned; sampling then sees one label only, and the policy collapses onto it.
+    A batch in which one label is more frequent than in the data shifts the policy towards that label before it has
+    learned anything about the texts; sampling then sees that label only, and the policy collapses onto it.
     """
 
     def __init__(self, strata: list, seed: int):

@@ -1,7 +1,7 @@
 """SFTTrainer with the evaluation, the checkpoints and the names of figures that ppo.py's trainer has.
 
-Where only the answers are learned, the forward is the engine's: the prompts' common prefix goes through the network
-once per step, in micro-batches of few tokens. Loss and gradient are those of SFTTrainer (tested).
+Where the loss is on the answers alone, the engine computes the forward: the prompts' common prefix goes through the
+network once per step, and the rows in micro-batches cut by tokens. Loss and gradient equal SFTTrainer's (tested).
 """
 
 import time
