@@ -1,4 +1,4 @@
-"""Few-shot prompting: solved rows of the training split stand before every question, and nothing is trained.
+"""Few-shot prompting: solved rows of the training split precede every question, and nothing is trained.
 
     bash scripts/fewshot.sh                                   8 demonstrations, the embedded model on MR
     bash scripts/fewshot.sh --task RTE --num_shots 4 --train_model_name Qwen/Qwen2.5-1.5B-Instruct
@@ -31,16 +31,16 @@ class FewshotArguments(InferenceArguments):
 
 
 def draw(task: Task, rows: list[dict], number: int, random_: random.Random) -> list[dict]:
-    """Demonstrations, as many of each class as of any other (give or take one), in random order.
+    """So many demonstrations in random order, balanced over the classes.
 
-    The classes of a number task are its whole numbers.
+    The classes of a number task are its whole numbers. Where a class has too few rows, the others fill up.
     """
     classes: dict = {}
     for row in rows:
         classes.setdefault(round(row["label"]) if task.number else row["label"], []).append(row)
     order = sorted(classes)
     random_.shuffle(order)
-    # One of each class, and again, until there are enough or a class has no more: then from the others.
+    # In turns one of each class that has more.
     pools = [random_.sample(classes[label], min(number, len(classes[label]))) for label in order]
     drawn = [pool[turn] for turn in range(number) for pool in pools if turn < len(pool)][:number]
     random_.shuffle(drawn)
@@ -50,14 +50,16 @@ def draw(task: Task, rows: list[dict], number: int, random_: random.Random) -> l
 def that_fit(
     task: Task, drawn: list[dict], longest: dict, tokenizer, use_CoT: bool, max_prompt_length: int
 ) -> list[dict]:
-    """The demonstrations for which there is room beside the longest row (of which a passage may be cut to half of the
-    prompt): a demonstration is shown whole or not at all."""
+    """The demonstrations that fit beside the longest row, whose passage may be truncated to half of the prompt.
+
+    A demonstration is shown whole or not at all.
+    """
 
     def length(shots: list[dict]) -> int:
         return len(prompts.build(task, longest, tokenizer, use_CoT, 10**9, shots)[0])
 
     own = length([])
-    over = max(0, own - max_prompt_length // 2) if task.passage else 0  # text that may be cut from the row's passage
+    over = max(0, own - max_prompt_length // 2) if task.passage else 0  # tokens that the passage may lose
     kept: list[dict] = []
     for shot in drawn:
         if length([*kept, shot]) - over <= max_prompt_length:
@@ -66,7 +68,7 @@ def that_fit(
 
 
 def show(arguments: FewshotArguments, job: Job, tokenizer) -> list[list[dict]]:
-    """For every row its demonstrations: of the training split, and none that is itself answered here."""
+    """Every row's demonstrations, from the training split; no row that is itself answered is among them."""
     task = job.task
     train = loaders.training_rows(task, splits.training(task, arguments.data_path), arguments.seed)
     answered = {tuple(row[name] for name in task.fields) for row in job.rows}

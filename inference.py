@@ -58,8 +58,7 @@ class Job:
 
     task: Task
     rows: list[dict]
-    whole: bool  # these are all rows of the split
-    place: str | None  # data_path of its files
+    whole_split: bool
     model: str
 
     @property
@@ -74,7 +73,7 @@ def check(arguments: InferenceArguments) -> list[Task]:
     one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
     if arguments.answer_space == "score" and (arguments.use_CoT or arguments.do_sample):
         raise ArgumentError(
-            "--answer_space score compares the labels' likelihoods, with no analysis and nothing sampled; leave "
+            "--answer_space score compares the labels' likelihoods: it needs no analysis and samples nothing; leave "
             "--use_CoT and --do_sample at False, or use --answer_space labels"
         )
     arguments.split = arguments.split or ("test" if arguments.submission else "validation")
@@ -87,7 +86,7 @@ def check(arguments: InferenceArguments) -> list[Task]:
     if len(chosen) > 1 and Path(arguments.data_path or ".").is_file():
         raise ArgumentError(f"--data_path {arguments.data_path} is one file, but --task names {len(chosen)} tasks")
     if arguments.resume:
-        stored = json.loads((Path(arguments.resume) / "arguments.json").read_text())
+        stored = json.loads((Path(arguments.resume) / "arguments.json").read_text(encoding="utf-8"))
         for name, value in as_dict(arguments).items():
             if name not in SAME_ON_RESUME and value != stored.get(name):
                 raise ArgumentError(
@@ -105,34 +104,36 @@ def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
     """Every task's rows. MissingData names all tasks whose data is missing; a diagnostic set may be left out."""
     jobs, missing = [], []
     for task in chosen:
-        place = splits.task_path(task, arguments.data_path, several=len(chosen) > 1)
-        size = EVALUATED if arguments.eval_size is None else arguments.eval_size
+        path = splits.task_path(task, arguments.data_path, several=len(chosen) > 1)
         try:
-            task = splits.labelled(task, place)
-            if arguments.split == "validation" and not Path(place or ".").is_file():
-                rows, _ = splits.held_out(task, place, size)
-            else:
-                everything = loaders.load(task, arguments.split, data_path=place)
-                unlabelled = any(row["label"] is None for row in everything)
-                keep_all = arguments.submission or (unlabelled and arguments.eval_size is None)
-                rows = splits.choose(task, everything, 0 if keep_all else size)
+            task = splits.labelled(task, path)
+            rows, whole_split = load_rows(arguments, task, path)
         except MissingData as error:
             if len(chosen) > 1 and not task.in_suite_score and not arguments.submission:
                 print(f"Left out: {error}")
             else:
                 missing.append((task, error))
             continue
-        whole = arguments.split == "test" and len(rows) == len(everything)
-        answering = task.answered_by or next(
-            other.name for other in tasks.TASKS.values() if other.folder == task.folder
-        )
-        model = arguments.train_model_name.replace("{task}", answering.replace("/", "-"))
+        model_task = task.answered_by or next(t.name for t in tasks.TASKS.values() if t.folder == task.folder)
+        model = arguments.train_model_name.replace("{task}", model_task.replace("/", "-"))
         check_folder(model, arguments.from_local)  # before hours of work on the tasks ahead of it
-        jobs.append(Job(task, rows, whole, place, model))
+        jobs.append(Job(task, rows, whole_split, model))
     if missing:
         others = f" (missing: {', '.join(task.name for task, _ in missing)})" if len(missing) > 1 else ""
         raise MissingData(f"{missing[0][1]}{others}")
     return jobs
+
+
+def load_rows(arguments: InferenceArguments, task: Task, path: str | None) -> tuple[list[dict], bool]:
+    """The rows to answer, and whether they are the whole test split. Raises DataError."""
+    size = EVALUATED if arguments.eval_size is None else arguments.eval_size
+    if arguments.split == "validation" and not Path(path or ".").is_file():
+        return splits.held_out(task, path, size)[0], False
+    everything = loaders.load(task, arguments.split, data_path=path)
+    unlabelled = any(row["label"] is None for row in everything)
+    keep_all = arguments.submission or (unlabelled and arguments.eval_size is None)
+    rows = splits.choose(task, everything, 0 if keep_all else size)
+    return rows, arguments.split == "test" and len(rows) == len(everything)
 
 
 def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[dict]]:
@@ -140,57 +141,78 @@ def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[di
     return [[]] * len(job.rows)
 
 
-def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, method: str, show) -> dict:
-    """Answer one task's rows, write its files and say what came out. Returns its summary."""
-    from evaluation import answer_spaces, answering, leaderboard, scores
+def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, method: str, show: Callable) -> dict:
+    """Answer one task's rows, write its files and say what came out. Returns its summary; {} beside the main process.
+
+    show: see `run`.
+    """
+    from evaluation import answer_spaces, answering, scores
 
     started = time.perf_counter()
     task, rows = job.task, job.rows
-    # Looked for before hours of work: only free answers can be invalid, and a leaderboard file has no place for those.
+
+    # 1. prompts
+    # The majority label is looked for before hours of work: free answers can be invalid, and a leaderboard file has no
+    # place for those.
     needs_majority = job.labelled or (arguments.answer_space == "free" and task.submission)
     majority, counted_in = splits.majority_label(task, rows, arguments.data_path) if needs_majority else (0, "")
     shots = show(arguments, job, engine.tokenizer)
-    settings = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
-    packed, shortened = answering.build_prompts(task, rows, engine.tokenizer, shots, **settings)
+    prompt_ids, shortened = answering.build_prompts(
+        task, rows, engine.tokenizer, shots, arguments.use_CoT, arguments.max_prompt_length
+    )
+
+    # 2. answers
     answers = answering.answer(
-        folder, answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format), rows, packed, engine,
-        arguments.batch_sentence_num, arguments.seed,
-        answer_space=arguments.answer_space, max_response_length=arguments.max_response_length,
+        folder,
+        answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format),
+        rows,
+        prompt_ids,
+        engine,
+        arguments.batch_sentence_num,
+        arguments.seed,
+        answer_space=arguments.answer_space,
+        max_response_length=arguments.max_response_length,
         temperature=arguments.model_temperature if arguments.do_sample else 0.0,
-    )  # fmt: skip
+    )
     if not processes.is_main():
         return {}
-    labels, last_label = [a.label for a in answers], scores.last_label_probabilities(answers)
-    figures = {"invalid_rate": labels.count(None) / len(labels)}
-    more = {"split": arguments.split, "rows": len(rows), "shots": len(shots[0]), "shortened": shortened}
+
+    # 3. scores, and the leaderboard's file
+    figures = {"invalid_rate": [answer.label for answer in answers].count(None) / len(answers)}
+    details = {"split": arguments.split, "rows": len(rows), "shots": len(shots[0]), "shortened": shortened}
     print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {arguments.answer_space} answers")
     if job.labelled:
         figures = scores.score(task, rows, answers)
-        more |= scores.details(task, rows, answers, majority)
-        print(scores.metrics_text(task, figures, more, counted_in))
+        details |= scores.details(task, rows, answers, majority)
+        print(scores.metrics_text(task, figures, details, counted_in))
     else:
         print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
     if task.note:
         print(f"({task.note})")
     if shortened:
         print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
-    if job.whole and task.submission:
-        path = folder / task.submission
-        filled = leaderboard.write_submission(path, task, rows, labels, majority, last_label)
-        leaderboard.check_submission(path, task, rows)
-        print(f"Leaderboard file {path}: {filled} of its answers were filled in, as the model gave no valid one.")
-    return write_summary(
-        folder, method, task, replace(arguments, task=task.name, train_model_name=job.model),
-        {"after": figures, "best": figures}, **more,
-        data_hash=data_hash(rows), seconds=round(time.perf_counter() - started, 1),
-    )  # fmt: skip
+    if job.whole_split and task.submission:
+        write_leaderboard_file(folder / task.submission, job, answers, majority)
+    asked = replace(arguments, task=task.name, train_model_name=job.model)
+    details |= {"data_hash": data_hash(rows), "seconds": round(time.perf_counter() - started, 1)}
+    return write_summary(folder, method, task, asked, {"after": figures, "best": figures}, **details)
+
+
+def write_leaderboard_file(path: Path, job: Job, answers: list, majority: int | float) -> None:
+    """Write and check a task's leaderboard file; a missing answer is filled in with the majority label."""
+    from evaluation import leaderboard, scores
+
+    labels, last_label = [answer.label for answer in answers], scores.last_label_probabilities(answers)
+    filled = leaderboard.write_submission(path, job.task, job.rows, labels, majority, last_label)
+    leaderboard.check_submission(path, job.task, job.rows)
+    print(f"Leaderboard file {path}: {filled} of its answers were filled in, as the model gave no valid one.")
 
 
 def run(arguments: InferenceArguments, program: str, method: str = "", show: Callable = no_shots) -> None:
     """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
     with faults.guard(program) as guard, contextlib.ExitStack() as held:
         jobs = load_jobs(arguments, check(arguments))
-        # Not at the top of the file: torch and transformers take seconds to import, and bad input is refused without.
+        # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without.
         import transformers
 
         from engine import models
@@ -201,17 +223,17 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
         top = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, name, held))
-        guard.kept = "the answers so far are kept"
+        guard.saved = "the answers so far are kept"
         print(models.device_line())
-        done: dict[str, dict] = {}
+        summaries: dict[str, dict] = {}
         for job in jobs:
             folder = top / folder_of(job.task) if several else top
             folder.mkdir(exist_ok=True)
-            summary = processes.broadcast_from_main(
-                lambda path=folder / "summary.json": path.exists() and path.read_text()
+            stored = processes.broadcast_from_main(
+                lambda path=folder / "summary.json": path.exists() and path.read_text(encoding="utf-8")
             )
-            if summary:
-                done[job.task.name] = json.loads(summary)
+            if stored:
+                summaries[job.task.name] = json.loads(stored)
                 print(f"{job.task.name} is already done.")
                 continue
             if job.model != loaded:
@@ -219,10 +241,10 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
                 engine = load_frozen_engine(job.model, **how)
             transformers.set_seed(arguments.seed)
             trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
-            own = method or ("trained" if trained else "zero-shot")
-            done[job.task.name] = run_job(arguments, job, engine, folder, own, show)
+            used = method or ("trained" if trained else "zero-shot")
+            summaries[job.task.name] = run_job(arguments, job, engine, folder, used, show)
         if processes.is_main():
-            finish(arguments, jobs, top, done, several)
+            finish(arguments, jobs, top, summaries, several)
 
 
 def open_folder(arguments: InferenceArguments, name: Task | str, held: contextlib.ExitStack) -> Path:
@@ -232,35 +254,42 @@ def open_folder(arguments: InferenceArguments, name: Task | str, held: contextli
     return folder
 
 
-def finish(arguments: InferenceArguments, jobs: list[Job], top: Path, done: dict[str, dict], several: bool) -> None:
+def finish(
+    arguments: InferenceArguments, jobs: list[Job], top: Path, summaries: dict[str, dict], several: bool
+) -> None:
     """The suites' scores and zips, the dashboard, and where everything lies."""
-    from evaluation import leaderboard, metrics
+    from evaluation import leaderboard
     from run import dashboards
 
+    scored = {name: summary["metrics"]["after"] for name, summary in summaries.items()}
     figures = {
         f"eval/{name}/{metric}" if several else f"eval/{metric}": value
-        for name, summary in done.items()
-        for metric, value in summary["metrics"]["after"].items()
+        for name, metrics in scored.items()
+        for metric, value in metrics.items()
     }
     for suite in tasks.SUITES:
         counted = {task.name for task in tasks.suite(suite) if task.in_suite_score}
-        if counted <= {name for name, summary in done.items() if "score" in summary["metrics"]["after"]}:
-            of_tasks = {name: summary["metrics"]["after"] for name, summary in done.items() if name in counted}
-            figures[f"eval/{suite}/score"] = score = metrics.suite_score(suite, of_tasks)
-            kept = {"suite": suite, "score": score, "tasks": of_tasks, "model": arguments.train_model_name}
-            write_json(top / f"{suite}.json", kept)
-            print(f"\n{suite} score: {100 * score:.1f} (mean over {suite}'s tasks, diagnostic sets not counted)")
+        if counted <= {name for name, metrics in scored.items() if "score" in metrics}:
+            of_suite = {name: metrics for name, metrics in scored.items() if name in counted}
+            figures[f"eval/{suite}/score"] = write_suite_score(top, suite, of_suite, arguments.train_model_name)
         if arguments.submission and suite in suites_named(arguments):
             files = [top / folder_of(job.task) / job.task.submission for job in jobs if job.task.suite == suite]
             leaderboard.write_suite_zip(top / f"{suite}.zip", suite, files)
             print(f"\n{suite} leaderboard zip, complete and checked: {top / suite}.zip")
-    if not several:
-        top_words = "predictions.jsonl (every prompt and answer) and summary.json"
-    else:
-        top_words = "for each task predictions.jsonl (every prompt and answer) and summary.json"
-    print(f"\n{top} holds {top_words}.")
-    method = next(iter(done.values()))["method"]
+    each = "for each task " if several else ""
+    print(f"\n{top} holds {each}predictions.jsonl (every prompt and answer) and summary.json.")
+    method = next(iter(summaries.values()))["method"]
     dashboards.log_figures(arguments.report_to, top, as_dict(arguments), figures, method)
+
+
+def write_suite_score(top: Path, suite: str, of_tasks: dict[str, dict], model: str) -> float:
+    """Write <suite>.json and print the suite's score; returns the score."""
+    from evaluation import metrics
+
+    score = metrics.suite_score(suite, of_tasks)
+    write_json(top / f"{suite}.json", {"suite": suite, "score": score, "tasks": of_tasks, "model": model})
+    print(f"\n{suite} score: {100 * score:.1f} (mean over {suite}'s tasks, diagnostic sets not counted)")
+    return score
 
 
 def main(argv: list[str] | None = None) -> None:

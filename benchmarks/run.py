@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import environments, report  # noqa: E402
 from benchmarks.plan import JOBS, QUICK, WORK, Job, Plan, in_turns  # noqa: E402
+from machine.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results.json"
 MODEL = "SmolLM2-135M-Instruct, float32, LoRA r=16 alpha=32 on all linear layers"
@@ -107,9 +108,7 @@ def store(path: Path, records: list[dict]) -> None:
         (path, json.dumps(records, indent=1) + "\n"),
         (path.with_suffix(".md"), report.document(records)),
     ):
-        aside = target.with_name(f".{target.name}")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, target)
+        write_atomically(target, lambda file, text=text: file.write(text.encode()))
 
 
 def prepare(jobs: list[Job], threads: int) -> None:

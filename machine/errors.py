@@ -1,4 +1,4 @@
-"""Errors that end a program with one sentence in place of a traceback."""
+"""Errors that end a program with one sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from machine import processes
 
 
 class UserError(ValueError):
-    """What a user can put right; its message becomes one sentence on standard error, and the exit code is 2."""
+    """What the user can correct: the message is printed on standard error as one sentence, and the exit code is 2."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that must not be used; the message names it, says why, and what to use instead."""
+    """A checkpoint that must not be used; the message says which, why, and what to use instead."""
 
 
 class DataError(UserError):
-    """Data that is missing or cannot be read: one sentence with file, 1-based line, the value, and the way out."""
+    """Data that is missing or cannot be read; the message has the file, the 1-based line, the value and the way out."""
 
 
 class MissingData(DataError):
-    """A split that is nowhere to be found, as against one that is there and cannot be read."""
+    """A split that does not exist, as opposed to one that cannot be read."""
 
 
 class ModelError(UserError):
@@ -34,7 +34,7 @@ class ArgumentError(UserError):
 
 
 class PromptError(UserError):
-    """A prompt that cannot be built, or made to fit; the message says which row and what to change."""
+    """A prompt that cannot be built or does not fit; the message says which row it is and what to change."""
 
 
 @contextlib.contextmanager
@@ -49,4 +49,4 @@ def clear_errors(program: str) -> Iterator[None]:
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says at which step, why, and where the last checkpoint lies."""
+    """A run that cannot continue; the message has the step, the reason and the last checkpoint."""

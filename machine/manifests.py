@@ -1,7 +1,7 @@
-"""What lies in a checkpoint folder, written down with it: manifest.json names every file, its size and its SHA-256.
+"""manifest.json lists every file of a checkpoint folder with its size and SHA-256.
 
-A folder is compared with its manifest before anything in it is loaded, so that a file that was cut short, changed or
-lost is told by its name, and not by what a library makes of it.
+A folder is compared with its manifest before anything in it is loaded. A file that was truncated, changed or lost is
+then reported by its name, and not by whatever error a library raises on it.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ FILE = "manifest.json"
 
 
 def write(folder: Path, **about) -> None:
-    """Write the manifest of a folder whose files are complete, and bring them all to the disk.
+    """Write the manifest of a folder whose files are complete, and bring all of them to the disk.
 
-    about: what else it shall say (step, run, score).
+    about: further entries (step, run, score).
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            # Else a power cut could leave the manifest, and the folder under its name, but empty files in it.
+            # Without it a power cut could leave the manifest, and the folder's final name, but empty files.
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
     with open(folder / FILE, "w", encoding="utf-8") as file:
@@ -33,7 +33,7 @@ def write(folder: Path, **about) -> None:
 
 
 def read(folder: Path) -> dict | None:
-    """A folder's manifest, nothing compared; None if there is none that can be read."""
+    """A folder's manifest, without comparing anything; None if there is none that can be read."""
     try:
         manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -42,7 +42,7 @@ def read(folder: Path) -> dict | None:
 
 
 def verify(folder: Path) -> dict:
-    """The manifest of a folder that holds exactly what was written into it. CheckpointError names the first fault."""
+    """The manifest of a folder whose files are as they were written. CheckpointError names the first that is not."""
     manifest = read(folder)
     if manifest is None:
         raise CheckpointError(f"{folder} has no readable {FILE}: this program did not write it, or not to its end")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -69,7 +70,11 @@ Given = TypeVar("Given", bound=Arguments)
 
 
 def parse(kind: type[Given], description: str, argv: list[str] | None = None) -> Given:
-    """Command line over `--config` file over `--resume` folder over defaults. Unknown names end with exit code 2."""
+    """The arguments of a script: command line over `--config` file over the run of `--resume` over defaults.
+
+    What is wrong ends the program with exit code 2 and one sentence. The command of a run that was interrupted, given
+    once more, resumes it. `asked` on the result is what the command asks for, wherever the run lies.
+    """
     processes.quiet_others()
     parser = Parser(kind, description)
     parser.add_option("config", str, "", "run", CONFIG_HELP)
@@ -78,21 +83,15 @@ def parse(kind: type[Given], description: str, argv: list[str] | None = None) ->
     chosen, _ = parser.parse_known_args(argv)
     with clear_errors(parser.prog):
         if getattr(chosen, "resume", ""):
-            stored = run_folder(chosen.resume) / "arguments.json"
-            if not stored.is_file():
-                raise ArgumentError(f"--resume {chosen.resume} holds no arguments.json; give the folder of a run")
-            try:
-                values = json.loads(stored.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ArgumentError(f"--resume {chosen.resume}: arguments.json cannot be read ({error})") from error
-            parser.set_defaults(**{k: v for k, v in values.items() if k in names})
+            stored = _read_stored(chosen.resume)
+            parser.set_defaults(**{name: value for name, value in stored.items() if name in names})
         if chosen.config:
             parser.set_defaults(**_read_config(chosen.config, names))
     given = vars(parser.parse_args(argv))
     given.pop("config")
     with clear_errors(parser.prog):
         arguments = kind(**given)
-        _check(arguments)
+        _check_common(arguments)
     arguments.asked = {name: value for name, value in as_dict(arguments).items() if name != "output_dir"}
     if not getattr(arguments, "resume", "") and processes.broadcast_from_main(lambda: _interrupted(arguments)):
         print(f"{arguments.output_dir} holds this very run, interrupted: it goes on.")
@@ -101,14 +100,14 @@ def parse(kind: type[Given], description: str, argv: list[str] | None = None) ->
 
 
 def run_folder(path: str) -> Path:
-    """The run of a `--resume`: the folder itself, or the one that a checkpoint lies in."""
+    """The run's folder of a `--resume`, which may name one of the run's checkpoints."""
     folder = Path(path)
     inside = not (folder / "arguments.json").exists() and (folder.parent / "arguments.json").exists()
     return folder.parent if inside else folder
 
 
 def _interrupted(arguments: Arguments) -> bool:
-    """Whether `--output_dir` holds a run of ppo.py or sft.py that was asked for in the same words and did not end."""
+    """Whether `--output_dir` holds an unfinished run of ppo.py or sft.py that the same command started."""
     folder = Path(arguments.output_dir)
     if not arguments.output_dir or (folder / "summary.json").exists() or not (folder / "arguments.json").exists():
         return False
@@ -116,6 +115,17 @@ def _interrupted(arguments: Arguments) -> bool:
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))["asked"] == arguments.asked
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _read_stored(path: str) -> dict:
+    """The arguments of the run of a `--resume`."""
+    stored = run_folder(path) / "arguments.json"
+    if not stored.is_file():
+        raise ArgumentError(f"--resume {path} holds no arguments.json; give the folder of a run")
+    try:
+        return json.loads(stored.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--resume {path}: arguments.json cannot be read ({error})") from error
 
 
 def _read_config(path: str, names: set[str]) -> dict:
@@ -136,25 +146,13 @@ def _read_config(path: str, names: set[str]) -> dict:
     return values
 
 
-def _check(arguments: Arguments) -> None:
-    """What holds for every script; also fills in the defaults that depend on other arguments. ArgumentError if not."""
-    types = option_types(type(arguments))
-    for f in fields(arguments):
-        value, wanted = getattr(arguments, f.name), types[f.name]
-        if value is None and f.default is None:
-            continue  # decided later, by the script
-        if not isinstance(value, (int, float) if wanted is float else wanted) or (
-            wanted is not bool and isinstance(value, bool)
-        ):
-            raise ArgumentError(f"--{f.name} {value!r} must be of type {wanted.__name__}")
-    positive = ("batch_sentence_num", "model_temperature", "max_prompt_length", "tokens_per_micro_batch")
-    for name in positive:
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:  # None: decided later, by the script
-            raise ArgumentError(f"--{name} {getattr(arguments, name)} must be greater than 0")
-    for name in ("eval_size", "max_response_length"):
-        if (getattr(arguments, name) or 0) < 0:
-            raise ArgumentError(f"--{name} {getattr(arguments, name)} must not be negative")
+def _check_common(arguments: Arguments) -> None:
+    """Refuse what no script can use, and fill in what depends on other arguments. Raises ArgumentError, ModelError."""
+    _check_types(arguments)
+    check_positive(
+        arguments, ("batch_sentence_num", "model_temperature", "max_prompt_length", "tokens_per_micro_batch")
+    )
+    check_not_negative(arguments, ("eval_size", "max_response_length"))
     one_of("report_to", arguments.report_to, REPORT_TO)
     if arguments.load_in_8bit and processes.LAUNCHED_FOR in processes.SHARDING:
         raise ArgumentError(
@@ -165,13 +163,41 @@ def _check(arguments: Arguments) -> None:
         raise ArgumentError(
             f"--report_to {arguments.report_to} needs that package: pip install {arguments.report_to}; or give none"
         )
-    if "{task}" not in arguments.train_model_name:  # in inference.py, several models: each is looked for there
+    if "{task}" not in arguments.train_model_name:  # inference.py looks for each of several models
         check_folder(arguments.train_model_name, arguments.from_local)
     arguments.max_response_length = arguments.max_response_length or (96 if arguments.use_CoT else 16)
 
 
+def _check_types(arguments: Arguments) -> None:
+    """ArgumentError for a value that a YAML file gave another type than its field has."""
+    types = option_types(type(arguments))
+    for f in fields(arguments):
+        value, wanted = getattr(arguments, f.name), types[f.name]
+        if value is None and f.default is None:
+            continue  # the script decides later
+        fits = isinstance(value, int | float if wanted is float else wanted)
+        if not fits or (wanted is not bool and isinstance(value, bool)):
+            raise ArgumentError(f"--{f.name} {value!r} must be of type {wanted.__name__}")
+
+
+def check_positive(arguments: Arguments, names: Iterable[str]) -> None:
+    """ArgumentError unless all of these arguments are greater than 0, or None: the script decides later."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ArgumentError(f"--{name} {value} must be greater than 0")
+
+
+def check_not_negative(arguments: Arguments, names: Iterable[str]) -> None:
+    """ArgumentError unless all of these arguments are at least 0, or None."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 0:
+            raise ArgumentError(f"--{name} {value} must not be negative")
+
+
 def divisible(arguments: Arguments) -> int:
-    """The prompts of a step for each process. ArgumentError if they cannot be shared out evenly."""
+    """The prompts of a step per process. ArgumentError if `--batch_sentence_num` cannot be divided evenly."""
     if arguments.batch_sentence_num % processes.count():
         raise ArgumentError(
             f"--batch_sentence_num {arguments.batch_sentence_num} cannot be divided among {processes.count()} "

@@ -1,7 +1,7 @@
-"""What the trainers of ppo.py and sft.py share: evaluation on held-out rows, and the run's checkpoint folders.
+"""The checkpoint folders of a run: which there are, whether they are whole, and which one to resume from.
 
-Names that begin with `.new-` are being written, those with `.old-` are on their way out; a killed run leaves them
-behind, and the next one to go on removes them.
+Names that begin with `.new-` are being written, those that begin with `.old-` are being removed. A killed run leaves
+them behind, and the resume removes them.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from machine import manifests
 from machine.errors import CheckpointError
-from machine.files import free_name, remove_folder
+from machine.files import UNFINISHED_PREFIX, free_name, remove_folder
 
 CHECKPOINT_NAME = re.compile(r"(step|epoch)-\d+")
 ADAPTER_FILE, STATE_FILE = "adapter_model.safetensors", "trainer_state.json"
@@ -20,13 +20,13 @@ OLD_BEST = ".old-best"  # the best/ of the last checkpoint, while a better one i
 
 
 def run_id(folder: Path) -> str | None:
-    """The name that a run has for itself (run.json); None for a folder without one."""
+    """The run's own name, from run.json; None for a folder without one."""
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else None
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """How many steps a checkpoint has behind it; 0 for None, -1 if it does not say."""
+    """The step that a checkpoint was written at; 0 for None, -1 if it does not say."""
     if checkpoint is None:
         return 0
     manifest = manifests.read(checkpoint)
@@ -38,7 +38,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, the one with the fewest steps first, whether they are whole or not."""
+    """The checkpoints of a run by their steps, whether they are whole or not."""
     found = [path for path in run.glob("*-*") if path.is_dir() and CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
@@ -49,26 +49,29 @@ def verify(checkpoint: Path) -> None:
     if manifest.get("run") != run_id(checkpoint.parent):
         raise CheckpointError(f"{checkpoint} belongs to another run ({manifest.get('run')})")
     if STATE_FILE not in manifest["files"]:
-        raise CheckpointError(f"{checkpoint} holds no {STATE_FILE}, so nothing can go on from it")
+        raise CheckpointError(f"{checkpoint} holds no {STATE_FILE}, so no run can resume from it")
 
 
-def to_resume(run: Path, named: Path | None = None) -> Path | None:
-    """The checkpoint that a run goes on from: the newest that is whole, or None if there is none at all yet.
-
-    Newer ones that are not whole get `-broken` behind their names, and that is said. With `named`, a checkpoint that
-    was asked for, nothing is chosen: CheckpointError if it is not whole, or not the newest (the newer ones would stay
-    beside a history that no longer leads to them). CheckpointError too if there are checkpoints but none is whole.
-    """
+def newest_whole(run: Path) -> tuple[Path | None, dict[Path, CheckpointError]]:
+    """The newest checkpoint that is whole, if there is one, and what is wrong with each newer one."""
     problems: dict[Path, CheckpointError] = {}
-    good = None
     for checkpoint in reversed(checkpoints_of(run)):
         try:
             verify(checkpoint)
+            return checkpoint, problems
         except CheckpointError as error:
             problems[checkpoint] = error
-            continue
-        good = checkpoint
-        break
+    return None, problems
+
+
+def checkpoint_to_resume(run: Path, named: Path | None = None) -> Path | None:
+    """The checkpoint to resume from: the newest that is whole, or None if the run has none yet.
+
+    Newer ones that are not whole get `-broken` behind their names, which is printed. `named`: the checkpoint that the
+    user asked for; CheckpointError if it is not whole, or not the newest (the history would not lead to the newer
+    ones that stay). CheckpointError too if there are checkpoints but none is whole.
+    """
+    good, problems = newest_whole(run)
     instead = f"the newest whole checkpoint is {good}: --resume {run} goes on from it"
     if problems and good is None:
         raise CheckpointError(
@@ -89,12 +92,12 @@ def to_resume(run: Path, named: Path | None = None) -> Path | None:
     return good
 
 
-def settle(run: Path, step: int) -> None:
-    """Before a run goes on from a checkpoint with `step` steps (-1: from the start): clear up what a kill left.
+def clear_up(run: Path, step: int) -> None:
+    """Before a resume from the checkpoint of `step` (-1: from the start): remove what a killed run left behind.
 
-    best/ becomes what it was at that step, so that a better score which is reached again is kept again.
+    best/ becomes what it was at that step, so that a better score that is reached again is saved again.
     """
-    for path in [*run.glob(".new-*"), *run.glob(".old-*")]:
+    for path in [*run.glob(f"{UNFINISHED_PREFIX}*"), *run.glob(".old-*")]:
         if path.name != OLD_BEST:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     best, old = run / "best", run / OLD_BEST
@@ -103,7 +106,7 @@ def settle(run: Path, step: int) -> None:
         remove_folder(best)
         old.rename(best)
     elif ahead and step_of(best) == 0:
-        remove_folder(best)  # the start's own; it is evaluated again
+        remove_folder(best)  # from the evaluation before training, which is done again
     elif ahead:
         best.rename(free_name(run / f"best-step-{step_of(best)}"))
     remove_folder(old)

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: the progress bar, a line per step, history.jsonl, and the dashboards."""
+"""Dashboards: wandb, TensorBoard and trackio get a run's figures, wandb also a table of episodes."""
 
 import contextlib
 import importlib
@@ -18,14 +18,14 @@ EPISODES = 8  # in the table, of each evaluation
 
 
 def project() -> str:
-    """The project that runs belong to, in wandb and in trackio."""
+    """The project of all runs in wandb and trackio."""
     return os.environ.get("WANDB_PROJECT", "nlu")
 
 
 def prepare_reporting(report_to: str, folder: Path) -> list[str]:
-    """Set up the dashboards; returns Trainer's `report_to`, without wandb, which WandbRun writes to.
+    """Set up the dashboard; returns Trainer's `report_to`, which is empty for wandb: WandbRun writes there.
 
-    Every tracker gets the figures under their own names: transformers would put `train/` before each. Without an API
+    Every tracker gets the figures under their own names; transformers would put `train/` before each. Without an API
     key wandb writes an offline run into the run's folder, which `wandb sync` uploads later.
     """
     integration_utils.rewrite_logs = dict
@@ -42,12 +42,12 @@ def prepare_reporting(report_to: str, folder: Path) -> list[str]:
 
 
 def wandb_folder(folder: Path) -> str:
-    """Where wandb keeps its files: the run's folder, unless the environment says another."""
+    """The folder of wandb's files: WANDB_DIR, or else the run's folder."""
     return os.environ.get("WANDB_DIR") or str(folder)
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find an API key. Looked up here: asking wandb fixes its mode before it can be chosen."""
+    """Whether wandb would find an API key. Asking wandb itself would fix its mode before it can be chosen."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -58,7 +58,7 @@ def _has_wandb_key() -> bool:
 
 
 def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, float], method: str) -> None:
-    """Send the figures of a run that does not train, which has one point in time, to its dashboard."""
+    """Send the figures of a run that does not train, and so has one step, to its dashboard."""
     prepare_reporting(report_to, folder)
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -73,16 +73,16 @@ def log_figures(report_to: str, folder: Path, config: dict, figures: dict[str, f
             dashboard.init(project=project(), name=folder.name, group=config["task"], config=config, **own)
             dashboard.log(figures)
             dashboard.finish()
-        except Exception as error:  # the work is done and written; a dashboard is no reason to fail
+        except Exception as error:  # everything is computed and written; a dashboard is no reason to fail
             print(f"{report_to}: {first_line(error)}. The figures are in {folder}/summary.json.")
 
 
 class WandbRun(TrainerCallback):
-    """The figures, and a table of episodes that grows with every evaluation, in one wandb run over all resumes.
+    """Sends the figures, and a table of episodes that grows with every evaluation, to one wandb run over all resumes.
 
-    Runs are grouped by task, their job type is the method (ppo or sft). Whatever fails in wandb costs one line of
-    warning and the dashboard, never the run. A point's step is the number of its line in history.jsonl: what is sent
-    again after a resume falls on what is there already. With WANDB_LOG_MODEL=end, as for transformers' own callback,
+    Runs are grouped by task; their job type is the method (ppo or sft). Whatever fails in wandb costs one line of
+    warning and the dashboard, never the run. A point's step is the number of its line in history.jsonl, so what is
+    sent again after a resume replaces what is there. With WANDB_LOG_MODEL=end, as for transformers' own callback,
     best/ becomes an artifact of a run that ends well.
     """
 
@@ -93,31 +93,35 @@ class WandbRun(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.run is not None or self.failed or not state.is_world_process_zero:
             return
-        folder = self.run_callback.folder
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        import wandb
-
-        def start(mode: str | None) -> None:
-            self.run = wandb.init(
-                project=project(), name=folder.name, id=about["id"], resume="allow",
-                group=about["task"], job_type=self.method,
-                config={name: about[name] for name in ("arguments", "versions", "data_hash", "task_version")},
-                mode=mode, reinit="finish_previous", dir=wandb_folder(folder),
-            )  # fmt: skip
-
         try:
-            start(None)
+            self._start()
         except Exception as error:
             self.run_callback.say(f"wandb: {first_line(error)}. The run is kept offline, for `wandb sync`.")
-            self._try(lambda: start("offline"))
+            self._try(lambda: self._start("offline"))
         for group in GROUPS:  # methods see unequal numbers of samples in a step
             axis = "train/samples" if group == "eval/" else "train/global_step"
             self._try(lambda name=f"{group}*", axis=axis: self.run.define_metric(name, step_metric=axis))
 
+    def _start(self, mode: str | None = None) -> None:
+        folder = self.run_callback.folder
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        self.run = importlib.import_module("wandb").init(
+            project=project(),
+            name=folder.name,
+            id=about["id"],
+            resume="allow",
+            group=about["task"],
+            job_type=self.method,
+            config={name: about[name] for name in ("arguments", "versions", "data_hash", "task_version")},
+            mode=mode,
+            reinit="finish_previous",
+            dir=wandb_folder(folder),
+        )
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         figures = {name: value for name, value in logs.items() if name.startswith(GROUPS)}
         if figures:
-            self.on_train_begin(args, state, control)  # a finished run that goes on only evaluates
+            self.on_train_begin(args, state, control)  # a finished run that is resumed only evaluates
             self._send(state.global_step, figures)
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -135,7 +139,7 @@ class WandbRun(TrainerCallback):
         self._try(lambda: self.run.log({**figures, "train/global_step": step}, step=self.run_callback.lines))
 
     def close(self, code: int = 0) -> None:
-        """Bring what was sent to its end; with another code than 0 the dashboard shows a run that broke off."""
+        """Finish the wandb run; with an exit code other than 0 the dashboard shows it as failed."""
         if self.run is not None:
             if code == 0 and os.environ.get("WANDB_LOG_MODEL", "") in ("end", "checkpoint"):
                 self._try(self._keep_best)
@@ -156,15 +160,15 @@ class WandbRun(TrainerCallback):
             if not self.failed:
                 self.run_callback.say(f"wandb: {first_line(error)}. The run goes on without it.")
             self.run, self.failed = None, True
-            with contextlib.suppress(Exception, SystemExit):  # else it fails once more, at the very end
+            with contextlib.suppress(Exception, SystemExit):  # or wandb would fail once more at exit
                 importlib.import_module("wandb").teardown()
 
 
 def first_line(error: Exception) -> str:
-    """An error's message without what follows its first line; its kind if it has none."""
+    """The first line of an error's message; the error's type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def wandb_callbacks(report_to: str, run_callback: RunCallback, method: str) -> list[TrainerCallback]:
-    """What writes to wandb, if that is the dashboard."""
+    """The callback that writes to wandb, if wandb is the dashboard."""
     return [WandbRun(run_callback, method)] if report_to == "wandb" else []

@@ -1,9 +1,9 @@
-"""What may happen to a run from outside, and how it ends then: signals, a lost terminal, a full disk.
+"""What can happen to a run from outside, and how the run ends: signals, a lost terminal, a full disk.
 
 SIGTERM, SIGHUP, Ctrl-C    a checkpoint at the end of the step, exit code 143, 129 or 130; a second Ctrl-C: at once
-                           (in inference.py and fewshot.py always at once: what was answered is on the disk)
-nobody reads the output    the run goes on without it
-anything that stops it     one sentence, and how to go on; exit code 1, or 2 for bad input
+                           (inference.py and fewshot.py always end at once: all answers so far are on the disk)
+nobody reads the output    the run goes on without output
+anything that stops it     one sentence and the command that resumes; exit code 1, or 2 for bad input
 """
 
 import contextlib
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal that does not wait for the end of the step. No Exception, so that nothing on its way swallows it."""
+    """A signal that does not wait for the end of the step. Not an Exception, so that no handler on the way takes it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -35,16 +35,16 @@ class Guard:
     def __init__(self, program: str):
         self.program = program
         self.folder: Path | None = None  # the run's, once there is one
-        self.kept = ""  # what a run without checkpoints leaves
+        self.saved = ""  # what a run without checkpoints has saved
         self.training = False
-        self.received: int | None = None
+        self.received: int | None = None  # the signal after which training shall end
         self.at_exit: list[Callable[[int], None]] = []  # called with the exit code
 
     def handle(self, number: int, frame) -> None:
-        """The signals' handler."""
+        """The handler of all SIGNALS."""
         again = self.received is not None
         if not self.training or (again and number == signal.SIGINT):
-            for other in SIGNALS:  # from here on nothing may cut short the way out
+            for other in SIGNALS:  # a further one must not interrupt the clean-up
                 signal.signal(other, signal.SIG_IGN)
             raise Stopped(number)
         if not again:
@@ -55,27 +55,30 @@ class Guard:
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: saving a checkpoint at the end of this step, then stopping{more}.\n".encode())
 
-    def trained(self, trainer) -> None:
-        """After training: end here if a signal asked for it."""
+    def end_training(self, step: int) -> None:
+        """After training, which got to this step: SystemExit if a signal ended it."""
         if self.received is not None:
-            self.leave(self.received, f"at step {trainer.state.global_step}")
+            self.leave(self.received, f"at step {step}")
 
     def leave(self, number: int, when: str) -> None:
-        """Say where the run stands and how to go on; SystemExit with 128 and the signal's number."""
+        """Say what is saved and how to resume; SystemExit with 128 plus the signal's number."""
         name = signal.Signals(number).name
         if processes.is_main():
-            print(f"{self.program}: stopped {when} by {name}; {self.where()}{self.way_on()}", file=sys.stderr)
+            print(
+                f"{self.program}: stopped {when} by {name}; {self.what_is_saved()}{self.resume_command()}",
+                file=sys.stderr,
+            )
         raise SystemExit(128 + number)
 
-    def where(self) -> str:
-        """Where the run stands."""
-        if self.kept:
-            return self.kept
+    def what_is_saved(self) -> str:
+        """What of the run is on the disk."""
+        if self.saved:
+            return self.saved
         found = checkpoints_of(self.folder) if self.folder else []
         return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
-    def way_on(self) -> str:
-        """The command that goes on with the run, if there is one."""
+    def resume_command(self) -> str:
+        """The command that resumes the run, if there is a run yet."""
         if self.folder is None:
             return ""
         return f". Go on with:\n  bash scripts/{Path(self.program).stem}.sh --resume {self.folder}"
@@ -83,13 +86,13 @@ class Guard:
 
 @contextlib.contextmanager
 def guard(program: str) -> Iterator[Guard]:
-    """Everything of a run between its arguments and its end happens in here."""
+    """Everything that a run does once its arguments are parsed happens in here."""
     self = Guard(program)
     code = 1
     with surviving_streams(), contextlib.ExitStack() as handlers:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, say, ignores SIGHUP, and so it shall stay
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it for SIGHUP
                     handlers.callback(signal.signal, number, signal.signal(number, self.handle))
         try:
             try:
@@ -102,18 +105,18 @@ def guard(program: str) -> Iterator[Guard]:
         except Stopped as stopped:
             self.leave(stopped.number, "at once")
         except TrainingError as error:
-            print(f"{program}: stopped: {error}{self.way_on()}", file=sys.stderr)
+            print(f"{program}: stopped: {error}{self.resume_command()}", file=sys.stderr)
             raise SystemExit(1) from error
         except OSError as error:
             if self.folder is None:
                 raise
             reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-            print(f"{program}: stopped: {reason}; {self.where()}{self.way_on()}", file=sys.stderr)
+            print(f"{program}: stopped: {reason}; {self.what_is_saved()}{self.resume_command()}", file=sys.stderr)
             raise SystemExit(1) from error
 
 
 class Survivor:
-    """A text stream that is written to for as long as somebody can read it, and into nothing from then on."""
+    """A text stream that discards what is written once nobody can read it any more."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -133,7 +136,7 @@ class Survivor:
             yield
         except OSError:  # EIO: the terminal is gone; EPIPE: the program that read the pipe
             nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self.stream.fileno())  # what is buffered goes there too
+            os.dup2(nothing, self.stream.fileno())  # the buffer is flushed there too
             os.close(nothing)
 
     def __getattr__(self, name: str):
@@ -142,6 +145,6 @@ class Survivor:
 
 @contextlib.contextmanager
 def surviving_streams() -> Iterator[None]:
-    """Printing cannot end the program in here."""
+    """In here, output that nobody reads does not end the program."""
     with contextlib.redirect_stdout(Survivor(sys.stdout)), contextlib.redirect_stderr(Survivor(sys.stderr)):
         yield

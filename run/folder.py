@@ -1,4 +1,4 @@
-"""A run's folder: where it lies, what stands in it, and its summary. The same for all four scripts."""
+"""A run's folder: its name, its lock, the files that describe the run, and the summary. The same for all scripts."""
 
 import fcntl
 import hashlib
@@ -17,7 +17,7 @@ from typing import IO
 
 from machine import processes
 from machine.errors import ArgumentError
-from machine.files import write_json
+from machine.files import UNFINISHED_PREFIX, free_name, write_json
 from run import checkpoints
 from run.arguments import Arguments, as_dict, run_folder
 from run.history import trim_history
@@ -41,11 +41,11 @@ def folder_of(task: Task) -> str:
 
 @dataclass
 class Run:
-    """A training run's folder, and the checkpoint that it goes on from, if it does."""
+    """A training run's folder, and the checkpoint that it resumes from, if it does."""
 
     folder: Path
     checkpoint: Path | None
-    lock: IO | None  # held until it is closed, or the process ends; the main process has it
+    lock: IO | None  # of the main process; held until it is closed or the process ends
 
     def close(self) -> None:
         """Let other runs into the folder."""
@@ -56,64 +56,51 @@ class Run:
 def open_run(
     arguments: Arguments, task: Task | str, train: list[dict], held_out: list[dict], learning_rate: float
 ) -> Run:
-    """A new run's folder, or with `--resume` the one to go on in, made ready: best/ and history.jsonl are what they
-    were at the checkpoint, and run.json says what is needed to run it again.
+    """The folder of a new run, or with `--resume` of an earlier one: best/, history.jsonl and episodes.jsonl are then
+    reset to what they were at the checkpoint. run.json has what is needed to run it again.
 
-    Raises ArgumentError if the folder is in use or holds another run, if the rows are not those that the run began
-    with, or if history.jsonl is broken; CheckpointError if no checkpoint can be used.
+    Raises ArgumentError if the folder is in use or holds another run, or if the rows are not those that the run began
+    with; DataError if history.jsonl is broken; CheckpointError if no checkpoint can be used.
     """
     held: list[IO] = []
 
-    def open_here() -> tuple[Path, Path | None]:
-        run = _open_run(arguments, task, train, held_out, learning_rate)
-        held.append(run.lock)
-        return run.folder, run.checkpoint
+    def open_in_main() -> tuple[Path, Path | None]:
+        about = {
+            "id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8],
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "task": task if isinstance(task, str) else task.name,
+            "task_version": None if isinstance(task, str) else task.version,
+            "data_hash": data_hash(train),
+            "held_out_hash": data_hash(held_out),
+            "versions": versions(),
+            "asked": getattr(arguments, "asked", None),
+            "arguments": as_dict(arguments),
+            "resumed": [],
+        }
+        if not arguments.resume:
+            folder = make_folder(arguments, task, learning_rate, about)
+            held.append(lock(folder))
+            return folder, None
+        folder = run_folder(arguments.resume)
+        file = lock(folder)
+        try:
+            checkpoint = _resume(arguments, folder, about)
+        except BaseException:
+            file.close()
+            raise
+        held.append(file)
+        return folder, checkpoint
 
-    return Run(*processes.broadcast_from_main(open_here), held[0] if held else None)
+    return Run(*processes.broadcast_from_main(open_in_main), held[0] if held else None)
 
 
-def _open_run(
-    arguments: Arguments, task: Task | str, train: list[dict], held_out: list[dict], learning_rate: float
-) -> Run:
-    about = {
-        "id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "task": task if isinstance(task, str) else task.name,
-        "task_version": None if isinstance(task, str) else task.version,
-        "data_hash": data_hash(train),
-        "held_out_hash": data_hash(held_out),
-        "versions": versions(),
-        "asked": getattr(arguments, "asked", None),
-        "arguments": as_dict(arguments),
-        "resumed": [],
-    }
-    if not arguments.resume:
-        folder = make_folder(arguments, task, learning_rate, about)
-        return Run(folder, None, lock(folder))
-    folder = run_folder(arguments.resume)
-    held = lock(folder)
+def _resume(arguments: Arguments, folder: Path, now: dict) -> Path | None:
+    """Prepare a locked folder for a resume; returns the checkpoint to resume from. now: run.json as of today."""
     try:
-        checkpoint = _go_on(arguments, folder, about)
-    except BaseException:
-        held.close()
-        raise
-    return Run(folder, checkpoint, held)
-
-
-def _go_on(arguments: Arguments, folder: Path, now: dict) -> Path | None:
-    """Make a locked folder ready to go on in; returns the checkpoint to go on from."""
-    path = folder / "run.json"
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else now
     except ValueError as error:
         raise ArgumentError(f"--resume {folder}: run.json cannot be read ({error})") from error
-    for key, rows in (("data_hash", "training"), ("held_out_hash", "held-out")):
-        if before[key] != now[key]:
-            raise ArgumentError(
-                f"--resume {folder}: the {rows} rows are not those that the run began with (their hash was "
-                f"{before[key]} and is {now[key]}); put the data file back as it was, leave out options that choose "
-                "rows, or start a new run"
-            )
+    _check_rows(folder, about, now)
     stored = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
     changed = {n: v for n, v in as_dict(arguments).items() if n not in LOCATION and v != stored.get(n, v)}
     if "start_epoch" in changed:
@@ -122,23 +109,32 @@ def _go_on(arguments: Arguments, folder: Path, now: dict) -> Path | None:
             "itself; leave --start_epoch out"
         )
     named = Path(arguments.resume) if Path(arguments.resume).resolve() != folder.resolve() else None
-    checkpoint = checkpoints.to_resume(folder, named)
+    checkpoint = checkpoints.checkpoint_to_resume(folder, named)
     step = checkpoints.step_of(checkpoint) if checkpoint else -1
     trim_history(folder, step)
-    checkpoints.settle(folder, step)
-    before["resumed"].append(
-        {"from": checkpoint.name if checkpoint else None, "time": now["started"], "changed": changed,
-         "versions": now["versions"]}
-    )  # fmt: skip
+    checkpoints.clear_up(folder, step)
+    name = checkpoint.name if checkpoint else None
+    about["resumed"].append({"from": name, "time": now["started"], "changed": changed, "versions": now["versions"]})
     if changed:
-        before["asked"] = None  # the first command no longer says what this run is
-    write_json(path, before)
+        about["asked"] = None  # the first command no longer describes this run
+    write_json(folder / "run.json", about)
     write_json(folder / "arguments.json", {**stored, **changed})
     return checkpoint
 
 
+def _check_rows(folder: Path, before: dict, now: dict) -> None:
+    """ArgumentError unless the rows are those that the run began with."""
+    for key, rows in (("data_hash", "training"), ("held_out_hash", "held-out")):
+        if before[key] != now[key]:
+            raise ArgumentError(
+                f"--resume {folder}: the {rows} rows are not those that the run began with (their hash was "
+                f"{before[key]} and is {now[key]}); put the data file back as it was, leave out options that choose "
+                "rows, or start a new run"
+            )
+
+
 def lock(folder: Path) -> IO:
-    """Keep other runs out of a folder until the returned file is closed; the kernel does so however a process ends.
+    """Keep other runs out of a folder until the returned file is closed, which the kernel does when the process ends.
 
     ArgumentError if another run holds it.
     """
@@ -157,7 +153,7 @@ def lock(folder: Path) -> IO:
             "--output_dir"
         ) from None
     except OSError as error:
-        print(f"{folder} cannot be locked ({error.strerror}): see to it yourself that no second run uses it.")
+        print(f"{folder} cannot be locked ({error.strerror}): make sure that no second run uses it.")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -167,30 +163,20 @@ def lock(folder: Path) -> IO:
 def make_folder(
     arguments: Arguments, task: Task | str, learning_rate: float | None = None, about: dict | None = None
 ) -> Path:
-    """The run's folder: `--output_dir`, or model/<task, or name of several>/<model>-<batch>-<lr>-<timestamp>.
+    """Make the folder of a new run: `--output_dir`, or model/<task, or name of several>/<model>-<batch>-<lr>-<time>.
 
-    about: what run.json shall hold; without it there is none. ArgumentError if the folder cannot be written, or holds
-    another run (which is never overwritten).
+    about: the content of run.json; without it that file is not written. Raises ArgumentError if the folder cannot be
+    written, or holds another run, which is never overwritten.
     """
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
-        # Without arguments.json, which is written last, a start was cut off before there was a run.
-        begun = (folder / "arguments.json").exists()
-        if folder.is_dir() and any(begun or not _left_by_a_start(path) for path in folder.iterdir()):
-            raise ArgumentError(
-                f"--output_dir {folder} is not empty, and nothing in it is overwritten; choose another folder"
-                + (f", or go on with that run: --resume {folder}" if (folder / "arguments.json").exists() else "")
-            )
+        _check_unused(folder)
     else:
         parts = [folder_name(arguments.train_model_name), str(arguments.batch_sentence_num)]
         parts += [f"{learning_rate:g}"] if learning_rate is not None else []
-        stamp = time.strftime("%Y%m%d-%H%M%S")
         name = task if isinstance(task, str) else task.name
-        folder = ROOT / "model" / name.replace("/", "-") / "-".join([*parts, stamp])
-        number = 2
-        while folder.exists():
-            folder = folder.with_name(f"{'-'.join([*parts, stamp])}-{number}")
-            number += 1
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = free_name(ROOT / "model" / name.replace("/", "-") / "-".join([*parts, stamp]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if about is not None:
@@ -203,8 +189,19 @@ def make_folder(
     return folder
 
 
+def _check_unused(folder: Path) -> None:
+    """ArgumentError if the folder of `--output_dir` holds anything but the rest of a start that was cut off."""
+    # arguments.json is written last: without it there was no run yet.
+    begun = (folder / "arguments.json").exists()
+    if folder.is_dir() and any(begun or not _left_by_a_start(path) for path in folder.iterdir()):
+        raise ArgumentError(
+            f"--output_dir {folder} is not empty, and nothing in it is overwritten; choose another folder"
+            + (f", or go on with that run: --resume {folder}" if begun else "")
+        )
+
+
 def _left_by_a_start(path: Path) -> bool:
-    return path.name in (LOCK, "run.json") or path.name.startswith(".new-")
+    return path.name in (LOCK, "run.json") or path.name.startswith(UNFINISHED_PREFIX)
 
 
 def versions() -> dict[str, str]:
@@ -238,7 +235,7 @@ def write_summary(
     train_seconds: float = 0.0,
     **more,
 ) -> dict:
-    """summary.json: what was run, what came out, and all that is needed to run it again. Returns it.
+    """Write summary.json: what was run, what came out, and what is needed to run it again. Returns its content.
 
     task: the task, or a name for several.
     metrics: by moment (`before`, `after`, `best`), every official metric under its name and `invalid_rate`.

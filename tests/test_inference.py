@@ -334,7 +334,7 @@ def test_fewshot_runs_as_a_script(model_folder, data_root, tmp_path):
 def job(data_root: Path, rows: list[dict] | None = None) -> inference.Job:
     task = tasks.get("SST")
     rows = rows or loaders.load(task, "validation", data_root=data_root)
-    return inference.Job(task, rows, False, None, "")
+    return inference.Job(task, rows, False, "")
 
 
 def few(data_root: Path, **changes) -> fewshot.FewshotArguments:

@@ -190,7 +190,7 @@ def test_a_spoilt_checkpoint_is_named_and_not_used(kind, run, capsys):
     text = stopped(run, capsys, resume=run / "step-2")
     assert SPOILT[kind] in text and f"the newest whole checkpoint is {run}/step-1: --resume {run}" in text
     assert {"step-1", "step-2"} < names(run)
-    assert checkpoints.to_resume(run) == run / "step-1"
+    assert checkpoints.checkpoint_to_resume(run) == run / "step-1"
     said = capsys.readouterr().out
     assert SPOILT[kind] in said and "going on from" in said and "step-2-broken" in names(run)
 
@@ -204,15 +204,15 @@ def test_without_a_whole_checkpoint_nothing_goes_on(run, capsys):
 
 
 def test_only_the_last_checkpoint_is_gone_on_from(run, tmp_path):
-    assert checkpoints.to_resume(run, run / "step-2") == run / "step-2"
+    assert checkpoints.checkpoint_to_resume(run, run / "step-2") == run / "step-2"
     with pytest.raises(CheckpointError, match=f"not the run's last checkpoint.*--resume {run}"):
-        checkpoints.to_resume(run, run / "step-1")
+        checkpoints.checkpoint_to_resume(run, run / "step-1")
     with pytest.raises(CheckpointError, match="step-7 has no readable manifest"):
-        checkpoints.to_resume(run, run / "step-7")
+        checkpoints.checkpoint_to_resume(run, run / "step-7")
     with pytest.raises(CheckpointError, match="holds no trainer_state.json"):
-        checkpoints.to_resume(run, run / "best")
+        checkpoints.checkpoint_to_resume(run, run / "best")
     (tmp_path / "empty").mkdir()
-    assert checkpoints.to_resume(tmp_path / "empty") is None
+    assert checkpoints.checkpoint_to_resume(tmp_path / "empty") is None
 
 
 def test_a_spoilt_model_is_not_loaded(run, capsys):
@@ -256,15 +256,15 @@ def test_best_goes_back_to_what_it_was_at_the_checkpoint(tmp_path):
     folder(".new-step-8-x", 8)
     folder(".old-abc", 1)
     (tmp_path / ".new-run.json-x").write_text("{")
-    checkpoints.settle(tmp_path, 5)
+    checkpoints.clear_up(tmp_path, 5)
     assert names(tmp_path) == {"best"} and checkpoints.step_of(tmp_path / "best") == 3
     folder(".old-best", 2)
-    checkpoints.settle(tmp_path, 5)
+    checkpoints.clear_up(tmp_path, 5)
     assert names(tmp_path) == {"best"} and checkpoints.step_of(tmp_path / "best") == 3
     (tmp_path / "best").rename(tmp_path / ".old-best")  # killed between two renames
-    checkpoints.settle(tmp_path, 5)
+    checkpoints.clear_up(tmp_path, 5)
     assert names(tmp_path) == {"best"} and checkpoints.step_of(tmp_path / "best") == 3
-    checkpoints.settle(tmp_path, 1)  # later checkpoints were moved away: what was the best is kept under its step
+    checkpoints.clear_up(tmp_path, 1)  # later checkpoints were moved away: what was the best is kept under its step
     assert names(tmp_path) == {"best-step-3"}
 
 

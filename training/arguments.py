@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from machine.errors import ArgumentError
-from run.arguments import Arguments, divisible, one_of
+from run.arguments import Arguments, check_not_negative, check_positive, divisible, one_of
 from run.parser import option
 
 MAX_STEPS_HELP = "number of steps; 0: all epochs; default: by recipe, or 0 with --end_epoch"
@@ -43,14 +43,8 @@ def check_training(
 ) -> None:
     """ArgumentError unless the shared arguments, and those that are named, can be used. None stays to be decided."""
     one_of("save_methods", arguments.save_methods, ("step", "epoch"))
-    for name in (*POSITIVE, *positive):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise ArgumentError(f"--{name} {value} must be greater than 0")
-    for name in (*NOT_NEGATIVE, *not_negative):
-        value = getattr(arguments, name)
-        if value is not None and value < 0:
-            raise ArgumentError(f"--{name} {value} must not be negative")
+    check_positive(arguments, (*POSITIVE, *positive))
+    check_not_negative(arguments, (*NOT_NEGATIVE, *not_negative))
     if arguments.end_epoch <= arguments.start_epoch:
         raise ArgumentError(
             f"--end_epoch {arguments.end_epoch} must be greater than --start_epoch {arguments.start_epoch}"

@@ -178,7 +178,7 @@ class TrainingRun:
         if self.checkpoint:
             print(f"Going on from {self.checkpoint}")
         trainer.train_from(self.checkpoint)
-        self.guard.trained(trainer)
+        self.guard.end_training(trainer.state.global_step)
 
     def finish(self, trainer, samples_per_step: int, data_path: str, **more) -> None:
         """Evaluate the last weights, write summary.json (with `more`), and say what came out and how to evaluate it.
