@@ -90,12 +90,14 @@ class RunCallback(TrainerCallback):
         return f"  {time_left((time.perf_counter() - began) / done * remaining)}" if done else ""
 
     def _new_episodes(self) -> list[dict]:
-        """The first of the trainer's episodes, if it has made new ones since the last call."""
-        found = self.trainer.episodes[:SAMPLED] if self.trainer is not None else []
-        if not found or found[0] is self.seen:
+        """Of the first few rows one episode each, if the trainer has made new episodes since the last call."""
+        made = self.trainer.episodes if self.trainer is not None else []
+        if not made or made[0] is self.seen:
             return []
-        self.seen = found[0]
-        return found
+        self.seen, by_row = made[0], {}
+        for episode in made:  # there may be many samples of a row
+            by_row.setdefault(id(episode["row"]), episode)
+        return list(by_row.values())[:SAMPLED]
 
     def _keep(self, records: list[dict], state) -> None:
         """Add episodes to episodes.jsonl if enough steps have passed since the last ones, or this is the last step."""

@@ -45,9 +45,12 @@ def train(folder, steps: int, first: int = 0, until: int | None = None, method: 
     state = SimpleNamespace(global_step=first, max_steps=steps, is_world_process_zero=True)
 
     def sample() -> None:
-        row = {"id": state.global_step, "sentence": f"film {state.global_step}", "label": 1}
-        made = {"prompt": ["<|user|>", row["sentence"]], "answer": "positive", "reward": 1.0, "row": row, "task": task}
-        callback.trainer.episodes = [made, dict(made), dict(made)]
+        rows = [{"id": n, "sentence": f"film {state.global_step}{n}", "label": 1} for n in "abc"]
+        callback.trainer.episodes = [  # two samples of each row
+            {"prompt": ["<|user|>", row["sentence"]], "answer": "positive", "reward": 1.0, "row": row, "task": task}
+            for row in rows
+            for _ in range(2)
+        ]
 
     callback.on_train_begin(None, state, None)
     for step in range(first + 1, (until or steps) + 1):
@@ -88,7 +91,7 @@ def test_the_first_and_the_last_episodes_are_shown(tmp_path, capsys):
     train(tmp_path, 30)
     said = capsys.readouterr().out
     shown = [line for line in said.splitlines() if line.startswith("  | Review")]
-    assert shown == ["  | Review: film 1", "  | Review: film 1", "  | Review: film 30", "  | Review: film 30"]
+    assert shown == [f"  | Review: film {name}" for name in ("1a", "1b", "30a", "30b")]
     assert said.count("  answer: 'positive'   gold: positive   reward: +1.00") == 4
 
 
@@ -101,7 +104,7 @@ def test_episodes_are_kept_every_few_steps_and_over_a_resume_once(method, tmp_pa
     train(tmp_path / "resumed", 35, first=17, method=method)
     kept = episodes(tmp_path / "whole")
     assert [line["step"] for line in kept] == [1, 1, 11, 11, 21, 21, 31, 31, 35, 35]
-    assert kept == episodes(tmp_path / "resumed") and kept[0]["prompt"] == "film 1"
+    assert kept == episodes(tmp_path / "resumed") and kept[0]["prompt"] == "film 1a"
 
 
 def test_a_long_run_keeps_no_more_episodes_than_a_short_one(tmp_path, capsys):
