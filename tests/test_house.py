@@ -127,7 +127,7 @@ def too_many_parameters(sources: Sources) -> list[str]:
     for name, node in definitions(sources):
         if not isinstance(node, ast.ClassDef) and name not in TRAINERS:
             names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            number = len(names) - (names[:1] in (["self"], ["cls"]))
+            number = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))  # ctx: of torch.autograd.Function
             if number > MOST_PARAMETERS:
                 found.append(f"{name} has {number} parameters (at most {MOST_PARAMETERS})")
     return found
