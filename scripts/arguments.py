@@ -28,7 +28,7 @@ KINDS = {
 }
 INTRODUCTION = """# Arguments
 
-`.venv/bin/python -m scripts.arguments` writes this page from the scripts. `--name value` and `--name=value` are read
+`.venv/bin/python -m scripts.arguments` writes this page from the scripts. `--seed 1` and `--seed=1` are read
 alike; a boolean takes True or False. The command line overrides the file of `--config`, which overrides the arguments
 of the run that `--resume` continues, which override the defaults. `bash scripts/ppo.sh` and its siblings pass on every
 option.

@@ -102,7 +102,11 @@ def arguments_read(module: str) -> set[str]:
         n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and n not in checks
     ]
     values = {"arguments": ast.Name, "self.arguments": ast.Attribute}
-    return {n.attr for n in reads if isinstance(n.value, tuple(values.values())) and ast.unparse(n.value) in values}
+    found = {n.attr for n in reads if isinstance(n.value, tuple(values.values())) and ast.unparse(n.value) in values}
+    # Properties of the arguments themselves read them too.
+    kinds = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.name.endswith("Arguments")]
+    own = [n for kind in kinds for n in ast.walk(kind) if isinstance(n, ast.Attribute) and n not in checks]
+    return found | {n.attr for n in own if ast.unparse(n.value) == "self"}
 
 
 def declared(script: str) -> set[str]:
