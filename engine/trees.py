@@ -69,11 +69,12 @@ class LabelTrie:
     """
 
     def __init__(self, spellings: list[list[int]], close_token: int):
-        """spellings: token ids of every label, by class id. Raises ValueError if two labels are spelled alike."""
+        """spellings: token ids of every label, by class id. close_token: what follows a label that is complete; it
+        tells a label from a longer one. Raises ValueError if two labels are spelled alike."""
         if len({tuple(s) for s in spellings}) < len(spellings) or not all(spellings):
             raise ValueError("two labels have the same spelling, or one has none: give every label its own word")
         complete = [[*s, close_token] for s in spellings]
-        self.spellings = spellings
+        self.spellings, self.close_token = spellings, close_token
         self.tree = Tree()
         choices: dict[int, set[int]] = {}
         self.paths: list[list[tuple[int, int]]] = []
@@ -113,14 +114,19 @@ class LabelTrie:
         return torch.log_softmax(logits / temperature + self.mask[nodes], dim=-1)
 
     def full_tree(self) -> tuple[Tree, list[list[tuple[int, int]]]]:
-        """All spellings as a tree, forced tokens too, and per label its [(node, token), ...]; nothing closes them."""
+        """All spellings as a tree, forced tokens too, and per label its [(node, token), ...].
+
+        Where a label begins another all are closed: the shorter one would else be at least as likely as the longer.
+        """
+        begins = {tuple(s[:t]) for s in self.spellings for t in range(1, len(s))}
+        closing = [self.close_token] if any(tuple(s) in begins for s in self.spellings) else []
         tree, steps = Tree(), []
         for spelling in self.spellings:
             node, path = 0, []
-            for t, token in enumerate(spelling):
+            for token in [*spelling, *closing]:
+                if path:
+                    node = tree.child(*path[-1])
                 path.append((node, token))
-                if t + 1 < len(spelling):
-                    node = tree.child(node, token)
             steps.append(path)
         return tree, steps
 

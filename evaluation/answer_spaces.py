@@ -1,5 +1,6 @@
 """What may be answered: the label trie, the targets that SFT learns, and when generation stops."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,35 +51,87 @@ class AnswerFormat:
         return lambda text: self.is_complete(text) or (early and self.is_hopeless(text))
 
 
+@dataclass(frozen=True)
+class Spelling:
+    """Words as the model writes them right after `<Judgement>`, and the closing tag as it follows every one of them.
+
+    apart: a token of this tokenizer spans a word and a tag, so words or the closing tag are spelled by themselves.
+    """
+
+    words: tuple[tuple[int, ...], ...]  # token ids
+    closing: tuple[int, ...]
+    apart: bool
+
+
+@functools.lru_cache(maxsize=64)
+def spell(words: tuple[str, ...], tokenizer) -> Spelling:
+    """The one spelling of words for the label trie, for scores, SFT's targets and the entropy bonus.
+
+    A word is spelled as it continues the tag: a sentencepiece tokenizer has another token for "yes" at the start of a
+    text ("▁yes") than for "yes" after ">", and the demonstrations and free answers are written with the latter.
+    """
+
+    def ids(text: str) -> list[int]:
+        found = list(tokenizer(text, add_special_tokens=False).input_ids)
+        while found and found[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
+            found.pop()
+        return found
+
+    def after(context: str, text: str) -> list[int] | None:
+        before, both = ids(context), ids(context + text)
+        # Nothing new: word and tag are one token, an unknown one as a rule.
+        return both[len(before) :] or None if both[: len(before)] == before else None
+
+    opening, closing = rewards.JUDGEMENT, rewards.JUDGEMENT_END
+    found = [after(opening, word) for word in words]
+    apart = None in found
+    if apart:
+        found = [ids(word) for word in words]
+    context = "" if apart else opening
+    closings = {tuple(after(context + word, closing) or ()) for word in words}
+    if len(closings) > 1 or () in closings:
+        apart, closings = True, {tuple(ids(closing))}
+    return Spelling(tuple(map(tuple, found)), closings.pop(), apart)
+
+
+def spelling_notice(task: Task, tokenizer) -> str:
+    """A line for people where the spelling in context is not to be had; else empty."""
+    if not (task.words and spell(task.words, tokenizer).apart):
+        return ""
+    return (
+        f"A token of this model spans a tag and a label of {task.name}: labels and tags are spelled apart, in training "
+        "and in evaluation alike."
+    )
+
+
 def label_trie(task: Task, tokenizer) -> LabelTrie:
     """The spellings of a task's words right after `<Judgement>`; ValueError if the task has no label set.
 
-    Raises ModelError if the tokenizer spells two words alike (both as one unknown token), or one as nothing.
+    Where a label begins another, the closing tag tells them apart. Raises ModelError if the tokenizer spells two words
+    alike (both as one unknown token), or one as nothing.
     """
     if not task.words:
         raise ValueError(f"--answer_space labels: {task.name} has no label set; use --answer_space free")
-    spellings: dict[tuple[int, ...], str] = {}
-    for word in task.words:
-        spelling = tuple(tokenizer(word, add_special_tokens=False).input_ids)
-        if spelling in spellings or not spelling:
-            alike = f"like {spellings[spelling]!r}" if spelling else "as no token at all"
+    spelling = spell(task.words, tokenizer)
+    known: dict[tuple[int, ...], str] = {}
+    for word, tokens in zip(task.words, spelling.words):
+        if tokens in known or not tokens:
+            alike = f"like {known[tokens]!r}" if tokens else "as no token at all"
             raise ModelError(
                 f"the model's tokenizer spells the label {word!r} of {task.name} {alike}, so the labels cannot be told "
                 "apart; choose another model, or rename them in the data"
             )
-        spellings[spelling] = word
-    return LabelTrie([list(spelling) for spelling in spellings], tokenizer.eos_token_id)
+        known[tokens] = word
+    return LabelTrie([list(tokens) for tokens in spelling.words], spelling.closing[0])
 
 
 def target_ids(task: Task, row: dict, tokenizer) -> list[int]:
     """What the model should write after `<Judgement>` for a labelled row: the label as `label_trie` spells it, the
     closing tag and end-of-sequence."""
-    word = tokenizer(prompts.answer_word(task, row["label"]), add_special_tokens=False).input_ids
-    whole = tokenizer(prompts.target(task, row), add_special_tokens=False).input_ids
-    # A tokenizer may melt the word's end and the tag's beginning into one token; the label is then not what is read.
-    if whole[: len(word)] != word:
-        whole = word + tokenizer(rewards.JUDGEMENT_END, add_special_tokens=False).input_ids
-    return [*whole, tokenizer.eos_token_id]
+    word = prompts.answer_word(task, row["label"])
+    words = task.words if word in task.words else (word,)  # of a number task not every number is listed
+    spelling = spell(words, tokenizer)
+    return [*spelling.words[words.index(word)], *spelling.closing, tokenizer.eos_token_id]
 
 
 def label_of(task: Task, index: int) -> int | float:

@@ -457,8 +457,8 @@ def test_only_a_choice_among_labels_earns_the_entropy_bonus(mode, tmp_path):
         nodes = torch.arange(len(tree))
         states = [torch.randn(len(tree), trainer.model.config.hidden_size)]
         (log_probs,) = trainer.policy.log_distributions(states, [tree])
-        allowed = [tree.allowed.get(node) for node in nodes.tolist()]
-        entropy, paid = trainer.policy.entropy(log_probs, nodes, allowed)
+        choices = [trainer.policy.label_choice(tree, node) for node in nodes.tolist()]
+        entropy, paid = trainer.policy.entropy(log_probs, choices)
         if mode == "labels":
             chosen = set(nodes.tolist())
         elif mode == "free":
@@ -621,7 +621,8 @@ def test_equal_rewards_in_expectation(tmp_path):
 
 def label_log_probs(model, prompt: list[int], words: tuple[str, ...], temperature: float) -> torch.Tensor:
     """(labels,) with gradient, by enumeration and plain forwards."""
-    closed, totals = [[*tokens(word), EOS] for word in words], []
+    # This tokenizer has no token for the closing tag.
+    closed, totals = [[*tokens(word), VOCABULARY["<unk>"]] for word in words], []
     for spelling in closed:
         total = 0.0
         for t, token in enumerate(spelling):
@@ -737,7 +738,8 @@ def test_a_model_without_an_adapter_is_trained_whole(tmp_path):
 
 
 def test_the_fallback_trains_too(tmp_path):
-    trainer = make_trainer(tmp_path, model=with_lora(tiny_model("mpt")), config=MODES["labels"], words=LONG_WORDS)
+    how = dict(reward=word_reward(LONG_WORDS), words=LONG_WORDS, config={**MODES["labels"], "temperature": 5.0})
+    trainer = make_trainer(tmp_path, model=with_lora(tiny_model("mpt")), **how)
     assert check(trainer.engine)
     rollout = caught_rollout(trainer, make_rows(8))
     found = policy_gradient(trainer.model).clone()

@@ -71,19 +71,6 @@ def test_prompt_and_answer_have_the_ids_of_inference(name, loss_on, embedded):
         assert set(labels[: len(asked)]) == {IGNORED} if loss_on == "answer" else labels == ids
 
 
-def test_a_word_that_melts_into_the_closing_tag_keeps_its_spelling():
-    class Melting:
-        """A tokenizer with a token `s<` in it."""
-
-        eos_token_id = 0
-
-        def __call__(self, text, add_special_tokens=True):
-            ids = {"yes": [1, 2], "yes</Judgement>": [1, 7, 8], "</Judgement>": [5, 6]}[text]
-            return type("Encoding", (), {"input_ids": ids})
-
-    assert answer_spaces.target_ids(tasks.get("MRPC"), {"label": 1}, Melting()) == [1, 2, 5, 6, 0]
-
-
 def test_rows_are_repeated_and_limited_per_task(embedded):
     task = tasks.get("SST")
     arguments = sft.SFTArguments(task="SST", data_path=str(FIXTURES), repeat_time=3, lines_per_file=2)

@@ -17,8 +17,8 @@ class Policy:
         engine: on the model in training.
         value_head: (hidden) -> (1).
         temperature: of sampling, and of all log-probabilities.
-        first_tokens: those that labels begin with; free mode pays the entropy bonus for the choice among them.
-        trie: the labels that may be answered; None in free mode.
+        labels: the task's labels, if it has any that the tokenizer tells apart.
+        masked: only these may be answered; else any token (free mode).
         use_CoT: an analysis of any tokens comes before the label.
     """
 
@@ -27,12 +27,15 @@ class Policy:
         engine: Engine,
         value_head: nn.Module,
         temperature: float,
-        first_tokens: list[int],
-        trie: LabelTrie | None = None,
+        labels: LabelTrie | None,
+        masked: bool,
         use_CoT: bool = False,
     ):
         self.engine, self.value_head, self.temperature = engine, value_head, temperature
-        self.first_tokens, self.trie, self.use_CoT = first_tokens, trie, use_CoT
+        self.trie, self.use_CoT = labels if masked else None, use_CoT
+        # The tokens so far at which labels part, and the tokens that they go on with.
+        parts = {} if labels is None else {tuple(labels.tree.path(node)): on for node, on in labels.allowed.items()}
+        self.label_choices: dict[tuple[int, ...], list[int]] = parts
 
     @property
     def only_labels(self) -> bool:
@@ -75,23 +78,27 @@ class Policy:
         logits = self.engine.logits(states, self.trie.vocabulary)
         return self.trie.label_log_probs(self.trie.log_probs(logits, self.temperature))
 
-    def entropy(
-        self, log_probs: torch.Tensor, nodes: torch.Tensor, allowed: list[list[int] | None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, columns) log-probabilities at n nodes -> (n,) entropy, 0 where it earns no bonus; and (n,) where it does:
-        wherever a choice among labels is made.
+    def label_choice(self, tree: Tree, node: int) -> list[int] | None:
+        """The tokens that labels go on with at a node of an answer; None where no choice among labels is made."""
+        if self.trie is not None:
+            return (self.trie if self.only_labels else tree).allowed.get(node)
+        return None if self.use_CoT else self.label_choices.get(tuple(tree.path(node)))
+
+    def entropy(self, log_probs: torch.Tensor, choices: list[list[int] | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, columns) log-probabilities at n nodes, and the `label_choice` at each -> (n,) entropy of the choice, 0
+        where there is none; and (n,) where there is one, which earns the bonus.
 
         Over the whole vocabulary a bonus would pay for junk: entropy is cheapest where no label stands. So an analysis
-        earns none, and in free mode the choice is that among the labels' first tokens, if the answer begins with it.
+        earns none, and in free mode only the tokens count at which the spellings of labels part.
         """
-        if self.trie is None:
-            paid = (nodes == 0) & (not self.use_CoT and len(self.first_tokens) > 1)
-            first = self.engine.to_device(torch.tensor(self.first_tokens))
-            log_probs = torch.log_softmax(log_probs[:, first], dim=-1)
-        elif self.use_CoT:
-            paid = self.engine.to_device(torch.tensor([tokens is not None for tokens in allowed]))
-        else:
-            paid = torch.ones_like(nodes, dtype=torch.bool)
+        paid = torch.tensor([tokens is not None for tokens in choices])
+        if not self.only_labels:
+            most = max((len(tokens) for tokens in choices if tokens), default=1)
+            padded = [[*(tokens or [0]), *[-1] * (most - len(tokens or [0]))] for tokens in choices]
+            columns = self.engine.to_device(torch.tensor(padded))  # (n, most)
+            chosen = log_probs.gather(-1, columns.clamp(min=0)).masked_fill(columns < 0, MASKED)
+            log_probs = torch.log_softmax(chosen, dim=-1)
+        paid = self.engine.to_device(paid)
         return -(log_probs.exp() * log_probs).sum(-1) * paid, paid
 
     def values(self, states: torch.Tensor) -> torch.Tensor:

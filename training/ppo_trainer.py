@@ -20,9 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from engine.batches import common_prefix
 from engine.engine import Engine
+from engine.trees import LabelTrie
 from evaluation.answer_spaces import AnswerFormat, label_trie
 from machine import processes
+from machine.errors import ModelError
 from rewards import JUDGEMENT_END
+from tasks import Task
 from training.expected_step import expected_step
 from training.policy import Policy
 from training.ppo_step import Step, clip_gradients
@@ -118,13 +121,13 @@ class PPOTrainer(RunTrainer, Trainer):
         self.engine = engine or Engine(model, processing_class)
         self.engine.start_training(model, args.tokens_per_micro_batch)
         self.engine.shared_length = common_prefix([self.prompt_ids(row) for row in train_dataset])
-        words = [processing_class(word, add_special_tokens=False).input_ids for word in self.label_words]
+        masked = args.answer_space == "labels"
         self.policy = Policy(
             self.engine,
             model.value_head,
             args.temperature,
-            first_tokens=sorted({ids[0] for ids in words}),
-            trie=label_trie(answer_format.task, processing_class) if args.answer_space == "labels" else None,
+            labels=known_labels(answer_format.task, processing_class, needed=masked),
+            masked=masked,
             use_CoT=answer_format.use_CoT,
         )
         self.step_metrics: dict[str, float] = {}  # of the last step, until they are logged
@@ -238,6 +241,16 @@ def check(args: PPOConfig, answer_format: AnswerFormat) -> None:
             "policy_gradient='expected' sums over all labels, so it needs answer_space='labels' without use_CoT; "
             "use policy_gradient='sampled'"
         )
+
+
+def known_labels(task: Task, tokenizer: PreTrainedTokenizerBase, needed: bool) -> LabelTrie | None:
+    """The task's labels as a trie; None if they cannot be told apart and are not `needed`, else ModelError."""
+    try:
+        return label_trie(task, tokenizer)
+    except (ModelError, ValueError):
+        if needed:
+            raise
+        return None
 
 
 def add_value_head(model: PreTrainedModel) -> None:

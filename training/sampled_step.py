@@ -226,6 +226,7 @@ def losses(
     # Samples that agree so far share a state: its distribution is computed once.
     pairs, state = torch.unique(torch.stack([line, rollout.node[index]]), dim=1, return_inverse=True)
     allowed = [trees[p].allowed.get(n) for p, n in pairs.T.tolist()]
+    choices = [policy.label_choice(trees[p], n) for p, n in pairs.T.tolist()]
     # All of that is worked out on the CPU, so that it need not wait for a card.
     index, state, pairs = (to_device(x) for x in (index, state, pairs))
     at_node = states[pairs[0], pairs[1]]  # (states, hidden)
@@ -235,7 +236,7 @@ def losses(
     old, advantage = rollout.log_probs[index], rollout.advantages[index]
     ratio = torch.exp(new - old)
     surrogate = clipped_surrogate(ratio, advantage, args.clip_range)
-    entropy, paid = (x[state] for x in policy.entropy(log_probs, pairs[1], allowed))
+    entropy, paid = (x[state] for x in policy.entropy(log_probs, choices))
     value_loss = clipped_value_loss(values, rollout.values[index], rollout.returns[index], args.value_clip_range)
     loss = -surrogate - args.entropy_coef * entropy + args.value_coef * value_loss
     with torch.no_grad():

@@ -27,11 +27,14 @@ EPISODES_PER_TASK = 2
 
 
 def load_tokenizer(arguments: TrainArguments, data: list[TaskData]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ModelError, also if labels that it must tell apart are spelled alike."""
+    """The model's tokenizer. Raises ModelError, also if labels that it must tell apart are spelled alike; says where
+    labels cannot be spelled as they continue the opening tag."""
     tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
-    if arguments.answer_space != "free":
-        for part in data:
+    for part in data:
+        if arguments.answer_space != "free":
             answer_spaces.label_trie(part.task, tokenizer)
+        if notice := answer_spaces.spelling_notice(part.task, tokenizer):
+            print(notice)
     return tokenizer
 
 
