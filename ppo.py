@@ -17,7 +17,15 @@ from run import faults
 from run.arguments import get_task, one_of, parse
 from run.parser import option
 from tasks import splits
-from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
+from training.arguments import (
+    ADVANTAGES,
+    GROUP_ADVANTAGES,
+    TrainArguments,
+    check_batch,
+    check_training,
+    fill_in_epochs,
+    usual_advantage,
+)
 from training.data import TaskData, load_rows
 
 # By policy gradient; each sees 576 rows. Small batches teach more per row than large ones. The entropy bonus keeps
@@ -34,6 +42,9 @@ RECIPES = {
 }
 
 
+ADVANTAGE_HELP = "critic, leave_one_out (default with --repeat_time > 1), group, group_mean, batch"
+
+
 @dataclass
 class PPOArguments(TrainArguments):
     """What PPO takes beside the arguments of all training."""
@@ -42,11 +53,16 @@ class PPOArguments(TrainArguments):
     policy_gradient: str = option(
         "", "PPO", "sampled, or expected: sum over all labels; default: expected where possible"
     )
+    success_order: float = option(1.0, "PPO", "1: expected reward; higher: MaxRL of this order, towards likelihood")
+    advantage: str = option("", "PPO", ADVANTAGE_HELP)
     ppo_epochs: int = option(1, "PPO", "passes over each rollout")
     num_minibatches: int = option(1, "PPO", "weight updates per pass")
     clip_range: float = option(0.2, "PPO", "how far the probability ratio may move from 1")
+    clip_range_high: float | None = option(None, "PPO", "how far it may rise above 1; default: --clip_range")
     kl_coef: float = option(0.0, "PPO", "weight of the KL divergence from the reference in the reward")
+    kl_target: float = option(0.0, "PPO", "the objective/kl that --kl_coef is adapted to, step by step; 0: it stays")
     entropy_coef: float | None = option(None, "PPO", "weight of the entropy bonus; default: by recipe")
+    entropy_end: float | None = option(None, "PPO", "the bonus's weight at the last step; default: --entropy_coef")
     value_coef: float = option(0.5, "PPO", "weight of the value loss")
     value_learning_rate: float = option(1e-3, "PPO", "learning rate of the value head")
     warmup_steps: int | None = option(None, "PPO", "steps of learning rate warm-up; default: by recipe")
@@ -75,13 +91,36 @@ def check(arguments: PPOArguments) -> None:
             setattr(arguments, name, value)
     check_training(
         arguments,
-        positive=("value_learning_rate", "clip_range", "ppo_epochs", "num_minibatches"),
-        not_negative=("kl_coef", "entropy_coef", "value_coef", "warmup_steps"),
+        positive=("value_learning_rate", "clip_range", "clip_range_high", "ppo_epochs", "num_minibatches"),
+        not_negative=("kl_coef", "kl_target", "entropy_coef", "entropy_end", "value_coef", "warmup_steps"),
     )
+    check_objective(arguments)
     if arguments.batch_sentence_num % arguments.num_minibatches:
         raise ArgumentError(
             f"--batch_sentence_num {arguments.batch_sentence_num} cannot be divided into --num_minibatches "
             f"{arguments.num_minibatches}; give a multiple"
+        )
+
+
+def check_objective(arguments: PPOArguments) -> None:
+    """ArgumentError for options of the objective that do not fit the policy gradient; fills in --advantage."""
+    gradient, order = arguments.policy_gradient, arguments.success_order
+    if not order >= 1:
+        raise ArgumentError(f"--success_order {order:g} must be at least 1")
+    if order != 1 and gradient != "expected":
+        raise ArgumentError(f"--success_order {order:g} needs --policy_gradient expected; leave it at 1")
+    if arguments.advantage and gradient != "sampled":
+        raise ArgumentError(f"--advantage {arguments.advantage} needs --policy_gradient sampled; leave it out")
+    if gradient == "sampled":
+        arguments.advantage = arguments.advantage or usual_advantage(arguments.repeat_time)
+        one_of("advantage", arguments.advantage, ADVANTAGES)
+        if arguments.advantage in GROUP_ADVANTAGES and arguments.repeat_time < 2:
+            raise ArgumentError(
+                f"--advantage {arguments.advantage} compares the answers to a prompt: give --repeat_time 2 or more"
+            )
+    if arguments.kl_target and not arguments.kl_coef:
+        raise ArgumentError(
+            f"--kl_target {arguments.kl_target:g} adapts --kl_coef, which must be greater than 0 to begin with"
         )
 
 
@@ -120,6 +159,7 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     # 3. run
     run = training_run.TrainingRun("ppo", arguments, task, [data], tokenizer, guard)
     how = f"{arguments.answer_space} answers, {arguments.policy_gradient} policy gradient"
+    how += f", advantages by {arguments.advantage}" if arguments.advantage else ""
     run.announce(shortened + shortened_too, how)
 
     # 4. trainer
@@ -164,14 +204,19 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int):
         warmup_steps=min(arguments.warmup_steps, settings["max_steps"] - 1),
         answer_space=arguments.answer_space,
         policy_gradient=arguments.policy_gradient,
+        success_order=arguments.success_order,
+        advantage=arguments.advantage,
         samples_per_prompt=arguments.repeat_time,
         temperature=arguments.model_temperature,
         max_response_length=arguments.max_response_length,
         ppo_epochs=arguments.ppo_epochs,
         num_minibatches=arguments.num_minibatches,
         clip_range=arguments.clip_range,
+        clip_range_high=arguments.clip_range_high,
         kl_coef=arguments.kl_coef,
+        kl_target=arguments.kl_target,
         entropy_coef=arguments.entropy_coef,
+        entropy_end=arguments.entropy_end,
         value_coef=arguments.value_coef,
         value_learning_rate=arguments.value_learning_rate,
     )

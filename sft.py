@@ -22,6 +22,8 @@ from tasks import Task, splits
 from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
 from training.data import TaskData, load_rows
 
+LOSS_ON = "answer"  # the default of --loss_on
+
 MICRO_BATCH = 8  # with loss on the full row: rows that go through the network at once, at most
 # On one task, unless --max_steps says otherwise: 72 steps of 8 rows are as many rows as ppo.py's default sees. On MR 18
 # steps of 32 taught less at every step size (78 to 80% against 89%): the first steps are spent on the tags.
@@ -41,7 +43,13 @@ class SFTArguments(TrainArguments):
         None, "training", f"number of steps; 0: all epochs; default: {STEPS} for one task without --end_epoch"
     )
     repeat_time: int = option(1, "training", "how often each row is seen in an epoch")
-    loss_on: str = option("answer", "SFT", "answer: loss on the answer alone; full: on the prompt too, as published")
+    loss_on: str = option(
+        LOSS_ON,
+        "SFT",
+        "label: choice of the label; answer: the answer's tokens; full: the prompt's too",
+    )
+    label_smoothing: float = option(0.0, "SFT", "--loss_on label: share of the target that all labels get alike")
+    number_target: str = option("nearest", "SFT", "--loss_on label, STS-B: nearest number, or soft: close ones too")
     answer_space: str = option("", "answers", ANSWER_SPACES_HELP)
     do_sample: bool = option(False, "answers", "True: evaluation samples at --model_temperature; False: greedy")
 
@@ -50,7 +58,14 @@ def check(arguments: SFTArguments) -> None:
     """Refuse what cannot be run, and fill in defaults. Raises ArgumentError."""
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
-    one_of("loss_on", arguments.loss_on, ("answer", "full"))
+    one_of("loss_on", arguments.loss_on, ("label", "answer", "full"))
+    one_of("number_target", arguments.number_target, ("nearest", "soft"))
+    if not 0 <= arguments.label_smoothing < 1:
+        raise ArgumentError(f"--label_smoothing {arguments.label_smoothing:g} must be at least 0 and less than 1")
+    for name, usual in (("label_smoothing", 0), ("number_target", "nearest")):
+        value = getattr(arguments, name)
+        if value != usual and arguments.loss_on != "label":
+            raise ArgumentError(f"--{name} {value} needs --loss_on label; leave it at {usual}")
     if arguments.use_CoT:
         raise ArgumentError(
             "--use_CoT True: the data holds no analyses to learn from; leave it at False, or use ppo.py"
@@ -88,6 +103,15 @@ def load(arguments: SFTArguments, chosen: list[tuple[Task, str | None]]) -> list
     return data
 
 
+def check_label_sets(arguments: SFTArguments, data: list[TaskData]) -> None:
+    """ArgumentError unless `--loss_on label` has labels to choose among, and `--number_target soft` numbers."""
+    without = [part.task.name for part in data if len(part.task.words) < 2]
+    if arguments.loss_on == "label" and without:
+        raise ArgumentError(f"--loss_on label: {', '.join(without)} has no label set; use --loss_on answer")
+    if arguments.number_target == "soft" and not any(part.task.number for part in data):
+        raise ArgumentError("--number_target soft: no task here has numbers as labels; leave it out")
+
+
 def name_of(arguments: SFTArguments, data: list[TaskData]) -> str:
     """What the run is of: a folder's name, a task, or several as `--task` named them."""
     if arguments.datafolder_path:
@@ -100,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     with faults.guard("sft.py") as guard:
         check(arguments)
         data = load(arguments, find_tasks(arguments))
+        check_label_sets(arguments, data)
         if arguments.max_steps is None:
             arguments.max_steps = STEPS if len(data) == 1 else 0
         rows = sum(len(part.train) for part in data) * arguments.repeat_time
@@ -112,6 +137,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     from engine import models
     from engine.loading import load_engine
+    from evaluation.answer_spaces import label_trie
     from training import training_run
     from training.sft_trainer import Finetuner
 
@@ -142,6 +168,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
         engine=engine,
         evaluate_with=evaluation,
         on_save=run.save_start_adapter,
+        label_tries=[label_trie(part.task, tokenizer) for part in data] if arguments.loss_on == "label" else None,
     )
     trainer.episodes = evaluation.episodes
 
@@ -156,34 +183,63 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
 
 
 def dataset(arguments: SFTArguments, data: list[TaskData], tokenizer):
-    """(datasets.Dataset of input_ids and labels of all tasks' training rows, how many prompts were shortened).
+    """(datasets.Dataset of all tasks' training rows as Finetuner takes them, how many prompts were shortened).
 
-    Also builds the held-out prompts. The loss is on the answer's tokens, or on all. Raises PromptError.
+    Also builds the held-out prompts. Raises PromptError.
     """
     import datasets
 
-    from evaluation import answer_spaces
-    from training.sft_trainer import IGNORED
-
     tables, shortened = [], 0
-    for part in data:
+    for number, part in enumerate(data):
         lengths = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
         built, cut = prompts.build_all(part.task, part.train, tokenizer, **lengths)
         part.held_out_prompts, cut_too = prompts.build_all(part.task, part.held_out, tokenizer, **lengths)
         shortened += cut + cut_too
-        targets = {row["label"]: answer_spaces.target_ids(part.task, row, tokenizer) for row in part.train}
-        answers = [targets[row["label"]] for row in part.train]
-        loss_on_answer = arguments.loss_on == "answer"
-        ignored = [[IGNORED] * len(prompt) if loss_on_answer else prompt for prompt in built]
-        tables.append(
-            datasets.Dataset.from_dict(
-                {
-                    "input_ids": [prompt + answer for prompt, answer in zip(built, answers)],
-                    "labels": [before + answer for before, answer in zip(ignored, answers)],
-                }
-            )
-        )
+        if arguments.loss_on == "label":
+            columns = label_columns(arguments, number, part, built)
+        else:
+            columns = answer_columns(arguments, part, built, tokenizer)
+        tables.append(datasets.Dataset.from_dict(columns))
     return datasets.concatenate_datasets(tables * arguments.repeat_time), shortened
+
+
+def answer_columns(arguments: SFTArguments, part: TaskData, built: list[list[int]], tokenizer) -> dict[str, list]:
+    """A task's prompts and answers; the loss is on the answer's tokens, or on all."""
+    from evaluation import answer_spaces
+    from training.sft_trainer import IGNORED
+
+    targets = {row["label"]: answer_spaces.target_ids(part.task, row, tokenizer) for row in part.train}
+    answers = [targets[row["label"]] for row in part.train]
+    loss_on_answer = arguments.loss_on == "answer"
+    ignored = [[IGNORED] * len(prompt) if loss_on_answer else prompt for prompt in built]
+    return {
+        "input_ids": [prompt + answer for prompt, answer in zip(built, answers)],
+        "labels": [before + answer for before, answer in zip(ignored, answers)],
+    }
+
+
+def label_columns(arguments: SFTArguments, number: int, part: TaskData, built: list[list[int]]) -> dict[str, list]:
+    """A task's prompts, and the weights of its labels in the loss. number: the task's, among those of the run."""
+    import torch
+
+    from training.objectives import number_weights, smoothed
+
+    def target(label: int | float) -> list[float]:
+        if part.task.number:
+            numbers = torch.tensor([float(word) for word in part.task.words])
+            weights = number_weights(numbers, label, arguments.number_target == "soft")
+        else:
+            weights = torch.nn.functional.one_hot(torch.tensor(label), len(part.task.words)).float()
+        return smoothed(weights, arguments.label_smoothing).tolist()
+
+    labels = [row["label"] for row in part.train]
+    targets = {label: target(label) for label in set(labels)}
+    return {
+        "prompt_ids": built,
+        "task": [number] * len(built),
+        "label": [float(label) for label in labels],
+        "target": [targets[label] for label in labels],
+    }
 
 
 def trainer_config(arguments: SFTArguments, folder: Path, rows: int):
@@ -195,7 +251,7 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int):
 
     settings, cuda = trainer_settings(arguments, folder, rows), torch.cuda.is_available()
     batch = arguments.batch_sentence_num // processes.count()
-    shared = arguments.loss_on == "answer"
+    shared = arguments.loss_on != "full"
     micro = batch if shared else next(size for size in range(min(MICRO_BATCH, batch), 0, -1) if batch % size == 0)
     return RunConfig(
         **settings,
@@ -204,9 +260,11 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int):
         gradient_accumulation_steps=batch // micro,
         warmup_steps=settings["max_steps"] // 20,
         weight_decay=0.0,
+        adam_epsilon=1e-5 if arguments.loss_on == "label" else 1e-8,  # PPO's, where only the objective should differ
         bf16=cuda,
         activation_checkpointing=cuda and not shared,  # room for long prompts
-        shared_prefix=shared,
+        shared_prefix=arguments.loss_on == "answer",
+        remove_unused_columns=arguments.loss_on != "label",
         loss_type="chunked_nll",  # logits only where there is a loss
         max_length=None,  # the prompts are already short enough, and the answer stands at the end
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -20,12 +20,14 @@ from tasks import Task
 PROMPT_END = 600  # characters of each prompt that are kept
 # Arguments that may differ between runs of one method: they do not change what is learned or answered.
 NOT_A_SETTING = {
+    "advantage",
     "answer_space",
     "checkpoint_rate",
     "config",
     "do_sample",
     "eval_steps",
     "from_local",
+    "loss_on",
     "num_shots",
     "output_dir",
     "policy_gradient",
@@ -38,10 +40,19 @@ NOT_A_SETTING = {
     "split",
     "strict_format",
     "submission",
+    "success_order",
     "task",
     "tokens_per_micro_batch",
     "train_model_name",
     "use_CoT",
+}
+# What runs did before they had these arguments.
+SINCE = {
+    "clip_range_high": None,
+    "entropy_end": None,
+    "kl_target": 0.0,
+    "label_smoothing": 0.0,
+    "number_target": "nearest",
 }
 PROMPTING = ("eval_size", "data_path", "max_prompt_length", "max_response_length", "same_shots", "load_in_8bit")
 
@@ -267,13 +278,25 @@ def kind_of(run: Run) -> str:
 
 
 def answer_space(run: Run) -> list[str]:
-    """The answer space, and those of the training that are not the same; the form of the policy gradient."""
+    """The answer space, and those of the training that are not the same; the objective of the training."""
     how = [run.arguments.get("answer_space") or "labels"]
     training = run.arguments
     if run.method == ADAPTER and run.adapter_of:
         training = run.adapter_of["arguments"]
         how += [f"trained with {training['answer_space']}"] if training.get("answer_space") not in how else []
-    return how + ([training["policy_gradient"]] if training.get("policy_gradient") else [])
+    return how + objective(training)
+
+
+def objective(training: dict) -> list[str]:
+    """What was trained on, as far as it is not what every older run of the method has done: the policy gradient, the
+    order of MaxRL, how advantages are estimated if not as usual, what SFT's loss is on."""
+    samples = training.get("repeat_time") or 1
+    usual = ("", None, "leave_one_out" if samples > 1 else "critic")
+    names = [training["policy_gradient"]] if training.get("policy_gradient") else []
+    names += [f"MaxRL {training['success_order']:g}"] if training.get("success_order", 1) != 1 else []
+    names += [training["advantage"]] if training.get("advantage") not in usual else []
+    names += [f"loss on {training['loss_on']}"] if training.get("loss_on") not in (None, "answer") else []
+    return names
 
 
 def manner(given: dict) -> list[str]:
@@ -286,12 +309,14 @@ def settings_of(run: Run) -> dict:
     """The arguments that change what is learned or answered, and those of the training before."""
     given = run.arguments
     if run.method in (SFT, PPO):
-        settings = {name: value for name, value in given.items() if name not in NOT_A_SETTING}
+        settings = {name: value for name, value in (SINCE | given).items() if name not in NOT_A_SETTING}
     else:
         settings = {name: value for name, value in given.items() if name in PROMPTING}
     if run.adapter_of:
-        earlier = {n: v for n, v in run.adapter_of["arguments"].items() if n not in {*NOT_A_SETTING, *PROMPTING}}
-        settings |= {f"earlier {name}": value for name, value in earlier.items()}
+        earlier = SINCE | run.adapter_of["arguments"]
+        told = {n: v for n, v in earlier.items() if n not in {*NOT_A_SETTING, *PROMPTING}}
+        settings |= {f"earlier {name}": value for name, value in told.items()}
+        settings["earlier objective"] = ", ".join(objective(earlier))
     settings["eval_size"] = 400 if settings.get("eval_size") is None else settings["eval_size"]
     if answer_space(run)[0] == "labels" and not given.get("use_CoT"):
         settings.pop("max_response_length", None)

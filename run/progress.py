@@ -19,6 +19,7 @@ IN_A_LINE = {  # figure -> its name in the line of a step
     "objective/entropy": "entropy",
     "objective/kl": "KL",
     "train/loss": "loss",
+    "train/accuracy": "accuracy",
     "train/token_accuracy": "token accuracy",
 }
 SHARES = "objective/share/"

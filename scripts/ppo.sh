@@ -36,11 +36,16 @@ options=(
     # --repeat_time 16                # samples per prompt; default: by recipe
     # --- PPO
     # --policy_gradient sampled       # sampled, or expected: sum over all labels; default: expected where possible
+    # --success_order 1               # 1: expected reward; higher: MaxRL of this order, towards likelihood
+    # --advantage leave_one_out       # critic, leave_one_out (default with --repeat_time > 1), group, group_mean, batch
     # --ppo_epochs 4                  # passes over each rollout
     # --num_minibatches 1             # weight updates per pass
     # --clip_range 0.2                # how far the probability ratio may move from 1
+    # --clip_range_high 0.28          # how far it may rise above 1; default: --clip_range
     # --kl_coef 0.05                  # weight of the KL divergence from the reference in the reward
+    # --kl_target 0.1                 # the objective/kl that --kl_coef is adapted to, step by step; 0: it stays
     # --entropy_coef 0.01             # weight of the entropy bonus; default: by recipe
+    # --entropy_end 0.0               # the bonus's weight at the last step; default: --entropy_coef
     # --value_coef 0.5                # weight of the value loss
     # --value_learning_rate 1e-3      # learning rate of the value head
     # --warmup_steps 3                # steps of learning rate warm-up; default: by recipe

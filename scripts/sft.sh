@@ -37,7 +37,9 @@ options=(
     # --max_steps 100                 # number of steps; 0: all epochs; default: 72 for one task without --end_epoch
     # --repeat_time 1                 # how often each row is seen in an epoch
     # --- SFT
-    # --loss_on answer                # answer: loss on the answer alone; full: on the prompt too, as published
+    # --loss_on answer                # label: choice of the label; answer: the answer's tokens; full: the prompt's too
+    # --label_smoothing 0.1           # --loss_on label: share of the target that all labels get alike
+    # --number_target nearest         # --loss_on label, STS-B: nearest number, or soft: close ones too
     # --- answers
     # --model_temperature 1.0         # sampling temperature
     # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated

@@ -26,8 +26,15 @@ class TrainArguments(Arguments):
     resume: str = option("", "run", "folder of the run to continue, from its last checkpoint")
 
 
+ADVANTAGES = ("critic", "leave_one_out", "group", "group_mean", "batch")
+GROUP_ADVANTAGES = ("group", "group_mean")  # compare the answers to one prompt, so they need several
 POSITIVE = ("learning_rate", "repeat_time", "save_freq", "checkpoint_rate")
 NOT_NEGATIVE = ("max_steps", "eval_steps", "start_epoch", "save_total_limit")
+
+
+def usual_advantage(samples_per_prompt: int) -> str:
+    """What sampled PPO's advantages are taken against, unless it is told."""
+    return "leave_one_out" if samples_per_prompt > 1 else "critic"
 
 
 def fill_in_epochs(arguments: TrainArguments) -> None:

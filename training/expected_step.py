@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from machine import processes
-from training.objectives import clipped_surrogate
+from training.objectives import clipped_surrogate, is_clipped, success_weight
+from training.policy import label_batches, label_log_probs
 from training.ppo_step import Step, add
 
 
@@ -57,38 +58,51 @@ def reference_log_probs(step: Step, like: torch.Tensor) -> torch.Tensor:
     trees = [step.policy.trie.tree] * step.measured
     found = torch.zeros_like(like)
     for i, states in enumerate(step.engine.states(step.prompts[: step.measured], trees, reference=True)):
-        found[i] = step.policy.label_log_probs(states[None])[0]
+        found[i] = label_log_probs(step.engine, step.policy.trie, states[None], step.args.temperature)[0]
     return found
 
 
 def add_gradient(step: Step, table: LabelTable, mine: list[int], minibatch: list[int]) -> dict:
     """The gradient of a minibatch (see Step.update). Returns sums over its prompts."""
     args, sums = step.args, {}
-    prompts, trees = [step.prompts[i] for i in mine], [step.policy.trie.tree] * len(mine)
-    for places, states in step.engine.training_batches(prompts, trees):
+    clip = args.clip_range, args.clip_range_high
+    prompts = [step.prompts[i] for i in mine]
+    for places, new in label_batches(step.engine, step.policy.trie, prompts, args.temperature):
         numbers = [mine[p] for p in places]
         index = step.engine.to_device(torch.tensor(numbers))
-        new = step.policy.label_log_probs(states)  # (rows, labels)
         if not table.known.issuperset(numbers):  # only in a row's first update, whose policy is the old one
             table.old[index] = new.detach()
             table.known.update(numbers)
         old = table.old[index]
-        q = table.rewards[index] - args.kl_coef * (old - table.reference[index])
+        q = table.rewards[index] - step.kl_coef * (old - table.reference[index])
         advantage = q - (old.exp() * q).sum(-1, keepdim=True)
+        advantage = advantage * success_weight(success_probability(old.exp(), table.rewards[index]), args.success_order)
         ratio = torch.exp(new - old)
-        surrogate = (old.exp() * clipped_surrogate(ratio, advantage, args.clip_range)).sum(-1)
+        surrogate = (old.exp() * clipped_surrogate(ratio, advantage, *clip)).sum(-1)
         entropy = -(new.exp() * new).sum(-1)
-        loss = -(surrogate + args.entropy_coef * entropy).sum() / len(minibatch)
+        loss = -(surrogate + step.entropy_coef * entropy).sum() / len(minibatch)
         step.trainer.accelerator.backward(loss)
         with torch.no_grad():
             figures = {
                 "loss": loss * len(minibatch),
                 "entropy": entropy.sum(),
-                "clip": (old.exp() * ((ratio - 1).abs() > args.clip_range)).sum(),
+                "clip": (old.exp() * is_clipped(ratio, *clip)).sum(),
                 "approx_kl": (old.exp() * (old - new)).sum(),
             }
             add(sums, figures)
     return sums
+
+
+def success_probability(chance: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """(prompts, labels) probabilities and rewards -> (prompts, 1) expected reward, on a scale from the prompt's lowest
+    reward (0) to its highest (1): where only one label is right, its probability.
+
+    Summed over rewards of that scale, as the expected reward itself has too few digits for a small probability.
+    """
+    lowest, highest = rewards.amin(-1, keepdim=True), rewards.amax(-1, keepdim=True)
+    scaled = (rewards - lowest) / (highest - lowest)
+    scaled = torch.where(highest > lowest, scaled, torch.ones_like(scaled))  # equal rewards: every label is right
+    return (chance * scaled).sum(-1, keepdim=True)
 
 
 def log(step: Step, table: LabelTable, sums: dict[str, float]) -> None:

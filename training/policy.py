@@ -10,6 +10,22 @@ from engine.engine import Engine
 from engine.trees import MASKED, LabelTrie, Tree
 
 
+def label_log_probs(engine: Engine, trie: LabelTrie, states: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """(rows, nodes, hidden) states of the trie's nodes -> (rows, labels) log-probabilities of whole labels."""
+    return trie.label_log_probs(trie.log_probs(engine.logits(states, trie.vocabulary), temperature))
+
+
+def label_batches(
+    engine: Engine, trie: LabelTrie, prompts: list[list[int]], temperature: float = 1.0
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (row numbers, (rows, labels) log-probabilities) with gradient, one micro-batch at a time.
+
+    Every objective over a label set, PPO's and SFT's, has this forward. See Engine.training_batches.
+    """
+    for rows, states in engine.training_batches(prompts, [trie.tree] * len(prompts)):
+        yield rows, label_log_probs(engine, trie, states, temperature)
+
+
 class Policy:
     """One distribution for sampling, old, new and reference log-probabilities: same temperature, same mask.
 
@@ -72,11 +88,6 @@ class Policy:
             mask[tuple(self.engine.to_device(open_.T))] = 0.0
             logits = logits + mask
         return torch.log_softmax(logits, dim=-1)
-
-    def label_log_probs(self, states: torch.Tensor) -> torch.Tensor:
-        """(rows, nodes, hidden) states of the trie's nodes -> (rows, labels) log-probabilities of whole labels."""
-        logits = self.engine.logits(states, self.trie.vocabulary)
-        return self.trie.label_log_probs(self.trie.log_probs(logits, self.temperature))
 
     def label_choice(self, tree: Tree, node: int) -> list[int] | None:
         """The tokens that labels go on with at a node of an answer; None where no choice among labels is made."""

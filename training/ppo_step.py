@@ -34,6 +34,7 @@ class Step:
         rows, prompts: this process's rows, and their token ids.
         row_offset: the first row's number among those of all processes.
         generator: of the draws of this step, the same in all processes.
+        kl_coef, entropy_coef: of this step.
         metrics: what the dashboards show of the step.
         episodes: its answers, for people: prompt, answer, reward, row.
     """
@@ -43,6 +44,7 @@ class Step:
         self.rows, self.prompts = rows, [trainer.prompt_ids(row) for row in rows]
         self.row_offset = processes.number() * len(rows)
         self.generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + trainer.state.global_step)
+        self.kl_coef, self.entropy_coef = trainer.kl_coef, trainer.entropy_coef
         self.metrics: dict[str, float] = {}
         self.episodes: list[dict] = []
 

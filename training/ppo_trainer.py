@@ -26,14 +26,17 @@ from machine import processes
 from machine.errors import ModelError
 from rewards import JUDGEMENT_END
 from tasks import Task
+from training.arguments import GROUP_ADVANTAGES, usual_advantage
 from training.expected_step import expected_step
+from training.objectives import adapted_kl_coef
 from training.policy import Policy
 from training.ppo_step import Step, clip_gradients
 from training.run_trainer import RunTrainer
 from training.sampled_step import sampled_step
-from training.sampler import StratifiedSampler
+from training.sampler import StratifiedSampler, first_epoch_seed, stratum
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+KL_STATE = "adaptive_kl"  # in trainer_state.json, among the states of callbacks
 
 
 @dataclass
@@ -44,20 +47,32 @@ class PPOConfig(TrainingArguments):
     save_methods: str = field(default="step", metadata={"help": "how checkpoints are named: step or epoch"})
     epoch_offset: int = field(default=0, metadata={"help": "number of the first epoch, for the checkpoints' names"})
     policy_gradient: str = field(default="expected", metadata={"help": "sampled, or expected over all labels"})
+    success_order: float = field(default=1.0, metadata={"help": "order of MaxRL's objective; expected only"})
+    advantage: str = field(default="", metadata={"help": "what sampled answers are held against; see ppo.py"})
     samples_per_prompt: int = field(default=1, metadata={"help": "answers sampled per prompt and step"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling, and of all log-probabilities"})
     max_response_length: int = field(default=16, metadata={"help": "tokens of an answer at most"})
     ppo_epochs: int = field(default=1, metadata={"help": "passes over each rollout"})
     num_minibatches: int = field(default=1, metadata={"help": "updates per pass; must divide the prompts per step"})
     clip_range: float = field(default=0.2, metadata={"help": "of the probability ratio"})
+    clip_range_high: float | None = field(default=None, metadata={"help": "of a rising ratio; None: clip_range"})
     value_clip_range: float = field(default=0.2, metadata={"help": "of the value's change"})
     kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference in the reward"})
+    kl_target: float = field(default=0.0, metadata={"help": "KL that kl_coef is adapted to; 0: it stays"})
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
+    entropy_end: float | None = field(default=None, metadata={"help": "its weight at the last step; None: the same"})
     value_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
     value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value head"})
     gamma: float = field(default=1.0, metadata={"help": "discount"})
     lam: float = field(default=1.0, metadata={"help": "GAE's lambda"})
     tokens_per_micro_batch: int = field(default=1024, metadata={"help": "tokens that go through the network at once"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.clip_range_high is None:
+            self.clip_range_high = self.clip_range
+        if not self.advantage:
+            self.advantage = usual_advantage(self.samples_per_prompt) if self.lam == 1.0 else "critic"
 
 
 class PPOTrainer(RunTrainer, Trainer):
@@ -147,6 +162,12 @@ class PPOTrainer(RunTrainer, Trainer):
             raise self.failure(str(error), "Lower --learning_rate") from error
         if not math.isfinite(loss):
             raise self.failure(f"the loss is {loss}", "Lower --learning_rate or raise --kl_coef")
+        if self.args.kl_target:
+            step.metrics["objective/kl_coef"] = step.kl_coef
+            adapted = adapted_kl_coef(step.kl_coef, step.metrics["objective/kl"], self.args.kl_target)
+            self.state.stateful_callbacks[KL_STATE] = {"kl_coef": adapted}
+        if self.args.entropy_end is not None:
+            step.metrics["policy/entropy_coef"] = step.entropy_coef
         seconds = time.perf_counter() - started
         self.episodes = step.episodes
         self.step_metrics = {
@@ -156,6 +177,21 @@ class PPOTrainer(RunTrainer, Trainer):
             "time/tokens_per_second": sum(processes.all_gather([self.engine.tokens_computed - tokens])) / seconds,
         }
         return torch.tensor(loss, device=self.args.device)
+
+    @property
+    def kl_coef(self) -> float:
+        """The KL coefficient of the step to come. An adapted one lies in Trainer's state, so checkpoints have it."""
+        if not self.args.kl_target:
+            return self.args.kl_coef
+        return self.state.stateful_callbacks.get(KL_STATE, {}).get("kl_coef", self.args.kl_coef)
+
+    @property
+    def entropy_coef(self) -> float:
+        """The entropy coefficient of the step to come: it changes linearly from the first step to the last."""
+        start, end = self.args.entropy_coef, self.args.entropy_end
+        if end is None:
+            return start
+        return start + (end - start) * self.state.global_step / max(self.state.max_steps - 1, 1)
 
     @property
     def samples_per_step(self) -> int:
@@ -206,9 +242,7 @@ class PPOTrainer(RunTrainer, Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        labels = [row.get("label") for row in rows]
-        first = self.args.seed + self.args.epoch_offset  # epoch n has one order, whichever run it is in
-        return StratifiedSampler([round(x) if isinstance(x, float) else x for x in labels], first)
+        return StratifiedSampler([stratum(row.get("label")) for row in rows], first_epoch_seed(self.args))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -241,6 +275,14 @@ def check(args: PPOConfig, answer_format: AnswerFormat) -> None:
             "policy_gradient='expected' sums over all labels, so it needs answer_space='labels' without use_CoT; "
             "use policy_gradient='sampled'"
         )
+    if args.success_order < 1 or (args.success_order != 1 and args.policy_gradient != "expected"):
+        raise ValueError(
+            f"success_order {args.success_order} must be at least 1, and 1 unless policy_gradient='expected'"
+        )
+    if args.advantage in GROUP_ADVANTAGES and args.samples_per_prompt < 2:
+        raise ValueError(f"advantage={args.advantage!r} compares the answers to a prompt: samples_per_prompt >= 2")
+    if args.kl_target and not args.kl_coef > 0:
+        raise ValueError(f"kl_target {args.kl_target} adapts kl_coef, which must be greater than 0")
 
 
 def known_labels(task: Task, tokenizer: PreTrainedTokenizerBase, needed: bool) -> LabelTrie | None:

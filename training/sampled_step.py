@@ -1,7 +1,7 @@
-"""A PPO step as published: sample answers, estimate advantages with the critic, update on the clipped surrogate.
+"""A PPO step on sampled answers: sample, estimate advantages, update on the clipped surrogate.
 
-PPO: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347). GAE: Schulman et al. 2016
-(https://arxiv.org/abs/1506.02438). Implementation details follow https://arxiv.org/abs/2403.17031.
+As published the advantages are GAE's, against a critic; objectives.py has the others. PPO: Schulman et al. 2017
+(https://arxiv.org/abs/1707.06347). Implementation details follow https://arxiv.org/abs/2403.17031.
 """
 
 import functools
@@ -16,15 +16,22 @@ from engine.trees import Answer, Tree
 from evaluation.answer_spaces import analysis_closed, judgement_link
 from machine import processes
 from tasks.labels import fold
+from training.arguments import GROUP_ADVANTAGES
 from training.objectives import (
+    batch_advantages,
     clipped_surrogate,
     clipped_value_loss,
     explained_variance,
     gae,
+    group_advantages,
+    group_mean_advantages,
+    is_clipped,
     leave_one_out_advantages,
     whiten,
 )
 from training.ppo_step import Step, add
+
+WITH_CRITIC = ("critic", "leave_one_out")  # the advantages that the value head is trained for
 
 
 @dataclass
@@ -139,24 +146,34 @@ def kl_to_reference(step: Step, rollout: Rollout) -> torch.Tensor:
 def estimate_advantages(
     step: Step, rollout: Rollout, scores: list[float], kl: torch.Tensor, equal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(actions,) advantages, whitened over all processes, and returns, on the CPU.
+    """(actions,) advantages as `advantage` says, and returns, on the CPU. Those against the critic, or the other
+    samples of a state, are whitened over all processes.
 
-    A token's reward is its KL times -kl_coef, and for the token that earned it the answer's score. `equal`: the scores
-    of all processes are.
+    A token's reward is its KL times -kl_coef, and for the token that earned it the answer's score. Groups compare
+    scores alone, so that no difference in KL is blown up to unit variance; the KL's rewards to come are added to that.
+    `equal`: the scores of all processes are.
     """
     args = step.args
     lengths = [len(answer.tokens) for _, answer in rollout.answers]
     values = [x.tolist() for x in rollout.values.cpu().split(lengths)]
-    costs = [x.tolist() for x in (-args.kl_coef * kl).split(lengths)]
+    costs = [x.tolist() for x in (-step.kl_coef * kl).split(lengths)]
     rewards = [list(cost) for cost in costs]
     for reward, score, (_, answer) in zip(rewards, scores, rollout.answers):
         reward[earning_token(step, answer)] += score
     advantages, returns = gae_of_answers(rewards, values, args.gamma, args.lam)
+    no_values = [[0.0] * length for length in lengths]
+    of_kl = gae_of_answers(costs, no_values, args.gamma, args.lam)[0]
     if equal:
         # Nothing tells one answer from another: what is left of the advantages would be the critic's noise.
-        no_values = [[0.0] * length for length in lengths]
-        return gae_of_answers(costs, no_values, args.gamma, args.lam)[0], returns
-    if args.lam == 1.0 and args.samples_per_prompt > 1:
+        return of_kl, returns
+    if args.advantage in GROUP_ADVANTAGES:
+        compared = group_advantages if args.advantage == "group" else group_mean_advantages
+        of_scores = compared(torch.tensor(scores), torch.tensor([p for p, _ in rollout.answers]))
+        return of_kl + of_scores.repeat_interleave(torch.tensor(lengths)), returns
+    if args.advantage == "batch":
+        returns = gae_of_answers(rewards, no_values, args.gamma, 1.0)[1]
+        return batch_advantages(returns, torch.cat(processes.all_gather([returns]))), returns
+    if args.advantage == "leave_one_out":
         advantages = leave_one_out_advantages(advantages, returns, rollout.prompt, rollout.node)
     return whiten(advantages, torch.cat(processes.all_gather([advantages]))), returns
 
@@ -223,6 +240,7 @@ def losses(
     the rollout and its prompt's in the micro-batch.
     """
     args, policy, to_device = step.args, step.policy, step.engine.to_device
+    clip = args.clip_range, args.clip_range_high
     # Samples that agree so far share a state: its distribution is computed once.
     pairs, state = torch.unique(torch.stack([line, rollout.node[index]]), dim=1, return_inverse=True)
     allowed = [trees[p].allowed.get(n) for p, n in pairs.T.tolist()]
@@ -232,20 +250,22 @@ def losses(
     at_node = states[pairs[0], pairs[1]]  # (states, hidden)
     log_probs = policy.log_softmax(at_node, allowed, pairs[1])  # (states, columns)
     new = log_probs[state, rollout.column[index]]  # (actions,)
-    values = policy.values(at_node)[state]
     old, advantage = rollout.log_probs[index], rollout.advantages[index]
     ratio = torch.exp(new - old)
-    surrogate = clipped_surrogate(ratio, advantage, args.clip_range)
+    surrogate = clipped_surrogate(ratio, advantage, *clip)
     entropy, paid = (x[state] for x in policy.entropy(log_probs, choices))
-    value_loss = clipped_value_loss(values, rollout.values[index], rollout.returns[index], args.value_clip_range)
-    loss = -surrogate - args.entropy_coef * entropy + args.value_coef * value_loss
+    loss, value_loss = -surrogate - step.entropy_coef * entropy, torch.zeros_like(surrogate)
+    if args.advantage in WITH_CRITIC:
+        values = policy.values(at_node)[state]
+        value_loss = clipped_value_loss(values, rollout.values[index], rollout.returns[index], args.value_clip_range)
+        loss = loss + args.value_coef * value_loss
     with torch.no_grad():
         figures = {
             "loss": loss.sum(),
             "entropy": entropy.sum(),
             "paid": paid.sum(),
             "value_loss": value_loss.sum(),
-            "clip": ((ratio - 1).abs() > args.clip_range).sum(),
+            "clip": is_clipped(ratio, *clip).sum(),
             "approx_kl": ((ratio - 1) - (new - old)).sum(),
             "ratio": ratio.sum(),
         }

@@ -3,6 +3,16 @@
 import torch
 
 
+def stratum(label: int | float | None) -> int | None:
+    """What a row counts as: its class, or its number rounded to a whole one."""
+    return round(label) if isinstance(label, float) else label
+
+
+def first_epoch_seed(args) -> int:
+    """The sampler's seed for a trainer's arguments: epoch n has one order, whichever run it is in."""
+    return args.seed + args.epoch_offset
+
+
 class StratifiedSampler(torch.utils.data.Sampler):
     """A new order each epoch, in which any consecutive rows have about the label shares of the whole data.
 

@@ -1,10 +1,12 @@
 """SFTTrainer with the evaluation, the checkpoints and the names of figures that ppo.py's trainer has.
 
 Where the loss is on the answers alone, the engine computes the forward: the prompts' common prefix goes through the
-network once per step, and the rows in micro-batches cut by tokens. Loss and gradient equal SFTTrainer's (tested).
+network once per step, and the rows in micro-batches cut by tokens. Loss and gradient equal SFTTrainer's (tested). With
+`label_tries` the loss is the cross-entropy over a task's labels; forward and order of the rows are then ppo.py's.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +14,12 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from engine.engine import Engine
-from engine.trees import Tree
+from engine.trees import LabelTrie, Tree
 from machine import processes
 from machine.memory import training_token_budget
+from training.policy import label_batches
 from training.run_trainer import RunTrainer
+from training.sampler import StratifiedSampler, first_epoch_seed, stratum
 
 IGNORED = -100  # label of a token without loss
 
@@ -37,10 +41,23 @@ class Finetuner(RunTrainer, SFTTrainer):
         evaluate_with: `(engine) -> dict` of held-out figures, whose `score` decides what is best.
         on_save: called with every checkpoint's folder before it counts as written.
         engine: that of the model, as engine.loading gives it; None: a new one.
+        label_tries: of every task, to learn the choice among its labels. A row of the data set then has `prompt_ids`,
+            `task` (its number among the tries), `target` (a weight for each label) and `label`.
     """
 
-    def __init__(self, *args, evaluate_with, on_save, engine: Engine | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        evaluate_with,
+        on_save,
+        engine: Engine | None = None,
+        label_tries: list[LabelTrie] | None = None,
+        **kwargs,
+    ):
+        if label_tries:
+            kwargs["data_collator"] = lambda rows: {"rows": rows}
         super().__init__(*args, **kwargs)
+        self.label_tries = label_tries
         self.evaluation, self.on_save = evaluate_with, on_save
         tokens = self.args.tokens_per_micro_batch or training_token_budget(self.model)
         self.engine = engine or Engine(self.model, self.processing_class)
@@ -50,32 +67,61 @@ class Finetuner(RunTrainer, SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.started = self.started or time.perf_counter()
-        if self.args.shared_prefix:
+        if self.label_tries or self.args.shared_prefix:
             with self.enough_memory("Lower --max_prompt_length"):
-                loss = self._shared_step(inputs)
+                loss = self._label_step(inputs["rows"]) if self.label_tries else self._answer_step(inputs)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self.failure(f"the loss is {float(loss)}", "Lower --learning_rate")
         return loss
 
-    def _shared_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _answer_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy of the answers' tokens, its gradient added to the weights'. Inputs (batch, tokens)."""
         self.model.train()
         prompts, answers = prompts_and_answers(inputs)
-        total = sum(processes.all_gather([sum(map(len, answers))]))  # answer tokens of all processes
+        count = sum(map(len, answers))
+        return self._mean_loss("token_accuracy", count, lambda total: self._add_gradient(prompts, answers, total))
+
+    def _label_step(self, rows: list[dict]) -> torch.Tensor:
+        """Mean cross-entropy over the rows' label sets, its gradient added to the weights'."""
+        self.model.eval()  # no dropout, as in PPO
+        return self._mean_loss("accuracy", len(rows), lambda total: self._add_label_gradient(rows, total))
+
+    def _mean_loss(self, accuracy: str, count: int, add_gradient: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The loss of all processes, its gradient in the weights'.
+
+        accuracy: what the share of correct predictions is called. count: of the predictions of this process.
+        add_gradient: is given the number of all processes' predictions; see `_add_gradient`.
+        """
+        total = sum(processes.all_gather([count]))
 
         def from_zero() -> torch.Tensor:
             # No collective in here: a process that runs out of memory begins again alone.
             self.model.zero_grad()
-            return self._add_gradient(prompts, answers, total)
+            return add_gradient(total)
 
         sums = self.engine.retry_with_smaller_batches(from_zero)
         processes.add_gradients(self.model.parameters())
         loss, correct, entropy = (sum(part) for part in zip(*processes.all_gather([tuple(sums.tolist())])))
-        self._metrics["train"]["mean_token_accuracy"].append(correct / total)
+        self._metrics["train"][accuracy].append(correct / total)
         self._metrics["train"]["entropy"].append(entropy / total)
         return torch.tensor(loss, device=self.args.device)
+
+    def _add_label_gradient(self, rows: list[dict], total: int) -> torch.Tensor:
+        """The gradient of these rows' share of a mean over `total` rows. Returns (3,): loss, correct labels and
+        entropy, summed. A task's prompts go through the network together: they have a long prefix in common."""
+        sums = torch.zeros(3, device=self.args.device)
+        for number, trie in enumerate(self.label_tries):  # also without rows: sharded weights are used in lockstep
+            mine = [row for row in rows if row["task"] == number]
+            for places, log_probs in label_batches(self.engine, trie, [row["prompt_ids"] for row in mine]):
+                target = self.engine.to_device(torch.tensor([mine[p]["target"] for p in places]))  # (rows, labels)
+                loss = -(target * log_probs).sum() / total
+                self.accelerator.backward(loss)
+                with torch.no_grad():
+                    correct = (log_probs.argmax(-1) == target.argmax(-1)).sum()
+                    sums += torch.stack([loss, correct, -(log_probs.exp() * log_probs).sum()])
+        return sums
 
     def _add_gradient(self, prompts: list[list[int]], answers: list[list[int]], total: int) -> torch.Tensor:
         """The gradient of these rows' share of a mean over `total` tokens. Returns (3,): loss, correct tokens and
@@ -98,19 +144,26 @@ class Finetuner(RunTrainer, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's and SFTTrainer's figures under the names of the dashboards."""
         if "loss" in logs:
-            inner = {name: sum(values) / len(values) for name, values in self._metrics["train"].items() if values}
+            found = {name.removeprefix("mean_"): values for name, values in self._metrics["train"].items() if values}
+            inner = {name: sum(values) / len(values) for name, values in found.items()}
             logs = {
                 "train/loss": logs["loss"],
                 "train/learning_rate": logs["learning_rate"],
                 "train/grad_norm": logs.get("grad_norm", 0.0),
-                "train/token_accuracy": inner["mean_token_accuracy"],
-                "train/entropy": inner["entropy"],
+                **{f"train/{name}": inner[name] for name in ("token_accuracy", "accuracy", "entropy") if name in inner},
                 "time/seconds_per_step": time.perf_counter() - self.started,
                 **self.so_far(),
             }
             self._metrics["train"].clear()
             self.started = None
         Trainer.log(self, logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        if not self.label_tries:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        strata = [(task, stratum(label)) for task, label in zip(rows["task"], rows["label"])]
+        return StratifiedSampler(strata, first_epoch_seed(self.args))
 
     @property
     def samples_per_step(self) -> int:
