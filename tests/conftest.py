@@ -100,6 +100,23 @@ def with_lora(model: torch.nn.Module, seed: int = 1, zero: bool = False, **chang
     return model.eval()
 
 
+def plain_label_log_probs(model, prompt: list[int], spellings: list[list[int]], temperature: float = 1.0):
+    """(labels,) log-probabilities with gradient, by enumeration: each label's whole sequence in a forward of its own.
+
+    spellings: of all labels, with the token that closes them.
+    """
+    causal_lm, totals = model.get_base_model(), []
+    for spelling in spellings:
+        hidden = causal_lm.base_model(torch.tensor([prompt + spelling])).last_hidden_state[0, len(prompt) - 1 : -1]
+        total = 0.0
+        for t, token in enumerate(spelling):
+            allowed = sorted({other[t] for other in spellings if other[:t] == spelling[:t] and len(other) > t})
+            logits = causal_lm.get_output_embeddings()(hidden[t])[allowed] / temperature
+            total = total + torch.log_softmax(logits, -1)[allowed.index(token)]
+        totals.append(total)
+    return torch.stack(totals)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()

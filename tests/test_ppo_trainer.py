@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, VOCABULARY, tiny_model, with_lora, word_tokenizer
+from conftest import EOS, VOCABULARY, plain_label_log_probs, tiny_model, with_lora, word_tokenizer
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -188,10 +188,10 @@ def test_whiten():
 def test_clipped_surrogate():
     ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 1.1])
     advantage = torch.tensor([2.0, 1.0, 1.0, -1.0, -1.0, -1.0])
-    assert clipped_surrogate(ratio, advantage, 0.2).tolist() == pytest.approx([2.0, 1.2, 0.5, -1.5, -0.8, -1.1])
+    assert clipped_surrogate(ratio, advantage, 0.2, 0.2).tolist() == pytest.approx([2.0, 1.2, 0.5, -1.5, -0.8, -1.1])
     # Outside of the clip range, on the side the advantage asks for, nothing pushes any further.
     ratio = torch.tensor([1.5, 0.5, 1.5], requires_grad=True)
-    clipped_surrogate(ratio, torch.tensor([1.0, -1.0, -1.0]), 0.2).sum().backward()
+    clipped_surrogate(ratio, torch.tensor([1.0, -1.0, -1.0]), 0.2, 0.2).sum().backward()
     assert ratio.grad.tolist() == [0.0, 0.0, -1.0]
 
 
@@ -622,15 +622,8 @@ def test_equal_rewards_in_expectation(tmp_path):
 def label_log_probs(model, prompt: list[int], words: tuple[str, ...], temperature: float) -> torch.Tensor:
     """(labels,) with gradient, by enumeration and plain forwards."""
     # This tokenizer has no token for the closing tag.
-    closed, totals = [[*tokens(word), VOCABULARY["<unk>"]] for word in words], []
-    for spelling in closed:
-        total = 0.0
-        for t, token in enumerate(spelling):
-            allowed = sorted({other[t] for other in closed if len(other) > t and other[:t] == spelling[:t]})
-            logits = model(input_ids=torch.tensor([prompt + spelling[:t]])).logits[0, -1, allowed] / temperature
-            total = total + torch.log_softmax(logits, -1)[allowed.index(token)]
-        totals.append(total)
-    return torch.stack(totals)
+    spellings = [[*tokens(word), VOCABULARY["<unk>"]] for word in words]
+    return plain_label_log_probs(model, prompt, spellings, temperature)
 
 
 @pytest.mark.parametrize(

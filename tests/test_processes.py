@@ -66,9 +66,11 @@ def assert_same_run(one: Path, two: Path) -> None:
     [
         ["ppo.py", "--ppo_epochs", "2", "--num_minibatches", "2"],
         ["ppo.py", "--policy_gradient", "sampled", "--repeat_time", "4", "--kl_coef", "0.05"],
+        ["ppo.py", "--policy_gradient", "sampled", "--repeat_time", "4", "--advantage", "batch"],
         ["sft.py"],
+        ["sft.py", "--loss_on", "label"],
     ],
-    ids=["expected", "sampled", "sft"],
+    ids=["expected", "sampled", "batch", "sft", "sft-label"],
 )
 def test_two_processes_learn_what_one_does(kind, model_folder, data_root, tmp_path):
     script, *more = kind
@@ -122,6 +124,7 @@ SHARDED = {
     "expected": "ppo.py --ppo_epochs 2 --num_minibatches 2",
     "free": "ppo.py --answer_space free --repeat_time 3 --kl_coef 0.05 --max_response_length 5",
     "sft": "sft.py",
+    "sft-label": "sft.py --loss_on label",
     "sft-full": "sft.py --loss_on full",
 }
 

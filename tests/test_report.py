@@ -239,6 +239,34 @@ def test_settings_that_differ_are_methods_of_their_own(tmp_path):
     ]
 
 
+def test_objectives_are_methods_of_their_own_and_older_runs_keep_their_names(tmp_path):
+    sampled = dict(policy_gradient="sampled", repeat_time=16)
+    make_run(tmp_path, "a", "ppo", flipped(), seed=0, **sampled)  # of before there was a choice
+    new = dict(clip_range_high=None, entropy_end=None, kl_target=0.0, success_order=1.0)
+    make_run(tmp_path, "b", "ppo", flipped(), seed=1, advantage="leave_one_out", **sampled, **new)
+    make_run(tmp_path, "c", "ppo", flipped(), seed=0, advantage="group", **sampled, **new)
+    make_run(tmp_path, "d", "ppo", flipped(), policy_gradient="expected", advantage="", **new)
+    make_run(
+        tmp_path, "e", "ppo", flipped(), policy_gradient="expected", advantage="", **(new | {"success_order": 8.0})
+    )
+    make_run(tmp_path, "f", "sft", flipped(), seed=0, loss_on="answer")
+    smoothing = dict(label_smoothing=0.0, number_target="nearest")
+    make_run(tmp_path, "g", "sft", flipped(), seed=1, loss_on="answer", **smoothing)
+    make_run(tmp_path, "h", "sft", flipped(), loss_on="label", **smoothing)
+    best = str(tmp_path / "h" / "best")
+    make_run(tmp_path, "i", "trained", flipped(0), from_local=True, summary={"model": best})
+    found = {group.method: len(group.results) for group in collect.collect(tmp_path).groups}
+    assert found == {
+        "SFT (labels)": 2,
+        "SFT (labels, loss on label)": 1,
+        "PPO (labels, expected)": 1,
+        "PPO (labels, expected, MaxRL 8)": 1,
+        "PPO (labels, sampled)": 2,
+        "PPO (labels, sampled, group)": 1,
+        "SFT best/ (labels, loss on label)": 1,
+    }
+
+
 def test_an_adapter_is_named_by_what_trained_it(tmp_path):
     make_run(tmp_path, "sft", "sft", flipped(0), seed=4)
     best = str(tmp_path / "sft" / "best")

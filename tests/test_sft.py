@@ -1,6 +1,8 @@
 """sft.py with a tiny random model: what it trains on is what inference.py asks and reads, and runs can go on."""
 
+import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import plain_label_log_probs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,9 +21,10 @@ import sft
 import tasks
 from engine import models
 from evaluation import answer_spaces
-from machine.errors import TrainingError
+from machine.errors import ArgumentError, TrainingError
 from tasks import loaders, splits
 from training.data import TaskData
+from training.ppo_trainer import PPOConfig, PPOTrainer
 from training.sft_trainer import IGNORED, Finetuner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +128,116 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
         trainer.engine.training_batches = full
         with pytest.raises(TrainingError, match=r"one row at a time.*step 1; there is no checkpoint yet"):
             trainer.training_step(trainer.model, dict(batch), count)
+
+
+# ---------------------------------------------------------------------------------------- loss on the choice of a label
+
+
+def label_trainer(arguments, parts: list[TaskData], model_folder: Path, folder: Path) -> Finetuner:
+    tokenizer = models.load_tokenizer(str(model_folder), True)
+    sft.check(arguments)
+    table, _ = sft.dataset(arguments, parts, tokenizer)
+    torch.manual_seed(0)
+    return Finetuner(
+        models.load_model(str(model_folder), True),
+        sft.trainer_config(arguments, folder, len(table)),
+        train_dataset=table,
+        eval_dataset=table.select([0]),
+        processing_class=tokenizer,
+        peft_config=models.lora_config(init_lora_weights=False),
+        evaluate_with=lambda engine: {},
+        on_save=lambda folder: None,
+        label_tries=[answer_spaces.label_trie(part.task, tokenizer) for part in parts],
+    )
+
+
+def expected_weights(part: TaskData, row: dict, soft: bool, smoothing: float) -> torch.Tensor:
+    """(labels,) of the cross-entropy."""
+    words, gold = part.task.words, row["label"]
+    weights = [float(i == gold) for i in range(len(words))]
+    if part.task.number:
+        distance = [abs(float(word) - gold) for word in words]
+        nearest = distance.index(min(distance))
+        weights = [math.exp(-d / 0.5) if soft else float(i == nearest) for i, d in enumerate(distance)]
+    return torch.tensor([(1 - smoothing) * w / sum(weights) + smoothing / len(words) for w in weights])
+
+
+FILM = [{"id": i, "sentence": f"a {word} film", "label": i % 3} for i, word in enumerate("warm dull slow odd".split())]
+PHRASES = dataclasses.replace(tasks.get("SST"), words=("good", "good enough", "not good at all"))
+
+
+@pytest.mark.parametrize(
+    "names, options",
+    [
+        (["phrases"], {}),
+        (["phrases"], {"label_smoothing": 0.2}),
+        (["STS-B"], {}),
+        (["STS-B"], {"number_target": "soft"}),
+        (["phrases", "STS-B"], {"number_target": "soft", "label_smoothing": 0.1}),
+    ],
+)
+def test_loss_on_labels_is_cross_entropy_over_whole_label_strings(names, options, model_folder, tmp_path):
+    """Among the phrases one label begins with another, and numbers share their first tokens."""
+    numbers = loaders.load(tasks.get("STS-B"), "train", data_root=FIXTURES)[:3]
+    known = {"phrases": TaskData(PHRASES, FILM, FILM), "STS-B": TaskData(tasks.get("STS-B"), numbers, numbers)}
+    parts = [known[name] for name in names]
+    count = sum(len(part.train) for part in parts)
+    arguments = sft.SFTArguments(loss_on="label", batch_sentence_num=count, max_steps=1, report_to="none", **options)
+    trainer = label_trainer(arguments, parts, model_folder, tmp_path)
+    trainer.engine.tokens_per_micro_batch = 100  # several micro-batches behind a shared prefix
+    (batch,) = trainer.get_train_dataloader()
+    assert len(batch["rows"]) == count
+    weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    loss = trainer.training_step(trainer.model, batch)
+    found = torch.cat([weight.grad.flatten() for weight in weights.values()])
+    trainer.model.zero_grad()
+    total = 0.0
+    for part, trie in zip(parts, trainer.label_tries):
+        spellings = [[*spelling, trainer.processing_class.eos_token_id] for spelling in trie.spellings]
+        for row in part.train:
+            asked, _ = prompts.build(part.task, row, trainer.processing_class)
+            target = expected_weights(part, row, options.get("number_target") == "soft", arguments.label_smoothing)
+            plain = -(target * plain_label_log_probs(trainer.model, asked, spellings)).sum() / count
+            plain.backward()  # row by row: the graphs of all 51 numbers of all rows are large
+            total += plain.item()
+    plain = torch.cat([weight.grad.flatten() for weight in weights.values()])
+    assert float(loss) == pytest.approx(total, rel=1e-4)
+    assert float((found - plain).norm() / plain.norm()) < 1e-4
+
+
+def test_loss_on_labels_sees_the_rows_in_the_order_of_ppo(model_folder, data_root, tmp_path):
+    given = dict(task="SST", data_path=str(data_root), batch_sentence_num=8, max_steps=2, report_to="none", seed=3)
+    arguments = sft.SFTArguments(loss_on="label", **given)
+    parts = sft.load(arguments, sft.find_tasks(arguments))
+    trainer = label_trainer(arguments, parts, model_folder, tmp_path)
+    config = PPOConfig(output_dir=str(tmp_path), seed=3, use_cpu=True, report_to=[])
+    rows = [{**row, "prompt_ids": [1]} for row in parts[0].train]
+    theirs = PPOTrainer(
+        models.load_model(str(model_folder), True),
+        lambda completions, **columns: [0.0] * len(completions),
+        config,
+        rows,
+        trainer.processing_class,
+        answer_spaces.AnswerFormat(parts[0].task),
+        models.lora_config(),
+    )
+    assert list(trainer._get_train_sampler()) == list(theirs._get_train_sampler())
+
+
+def test_a_run_with_loss_on_labels(model_folder, data_root, tmp_path):
+    run = tmp_path / "run"
+    given = options(model_folder, data_root, run, task="SST", loss_on="label", max_steps=6, learning_rate=1e-2)
+    sft.main([*given, "--label_smoothing", "0.1"])
+    lines = [line for line in history(run) if "train/loss" in line]
+    assert len(lines) == 6 and lines[-1]["train/loss"] < lines[0]["train/loss"]
+    assert all(0 <= line["train/accuracy"] <= 1 and 0 <= line["train/entropy"] <= math.log(2) for line in lines)
+    assert summary(run)["arguments"]["loss_on"] == "label"
+
+
+def test_a_task_without_labels_to_choose_among_is_refused():
+    part = TaskData(dataclasses.replace(PHRASES, words=()), FILM, FILM)
+    with pytest.raises(ArgumentError, match="--loss_on label: SST has no label set; use --loss_on answer"):
+        sft.check_label_sets(sft.SFTArguments(loss_on="label"), [part])
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -232,7 +346,15 @@ def test_a_folders_tasks_are_found_once_each(below):
     ("given", "said"),
     [
         (["--use_CoT", "True"], "holds no analyses to learn from"),
-        (["--loss_on", "prompt"], "--loss_on prompt must be one of answer, full"),
+        (["--loss_on", "prompt"], "--loss_on prompt must be one of label, answer, full"),
+        (["--label_smoothing", "0.1"], "--label_smoothing 0.1 needs --loss_on label"),
+        (["--loss_on", "label", "--label_smoothing", "1"], "--label_smoothing 1 must be at least 0 and less than 1"),
+        (["--number_target", "soft", "--loss_on", "full"], "--number_target soft needs --loss_on label"),
+        (["--loss_on", "label", "--number_target", "far"], "--number_target far must be one of nearest, soft"),
+        (
+            ["--loss_on", "label", "--number_target", "soft", "--task", "SST", "--data_path", str(FIXTURES)],
+            "--number_target soft: no task here has numbers",
+        ),
         (["--datafolder_path", "nowhere"], "--datafolder_path nowhere holds no task's training file"),
         (["--task", "AX"], "is answered by another task's model"),
         (["--lines_per_file", "0"], "--lines_per_file 0 must be greater than 0"),
