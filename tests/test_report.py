@@ -246,9 +246,7 @@ def test_objectives_are_methods_of_their_own_and_older_runs_keep_their_names(tmp
     make_run(tmp_path, "b", "ppo", flipped(), seed=1, advantage="leave_one_out", **sampled, **new)
     make_run(tmp_path, "c", "ppo", flipped(), seed=0, advantage="group", **sampled, **new)
     make_run(tmp_path, "d", "ppo", flipped(), policy_gradient="expected", advantage="", **new)
-    make_run(
-        tmp_path, "e", "ppo", flipped(), policy_gradient="expected", advantage="", **(new | {"success_order": 8.0})
-    )
+    make_run(tmp_path, "e", "ppo", flipped(), policy_gradient="expected", **(new | {"success_order": 8.0}))
     make_run(tmp_path, "f", "sft", flipped(), seed=0, loss_on="answer")
     smoothing = dict(label_smoothing=0.0, number_target="nearest")
     make_run(tmp_path, "g", "sft", flipped(), seed=1, loss_on="answer", **smoothing)

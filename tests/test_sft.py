@@ -162,7 +162,8 @@ def expected_weights(part: TaskData, row: dict, soft: bool, smoothing: float) ->
     return torch.tensor([(1 - smoothing) * w / sum(weights) + smoothing / len(words) for w in weights])
 
 
-FILM = [{"id": i, "sentence": f"a {word} film", "label": i % 3} for i, word in enumerate("warm dull slow odd".split())]
+FILMS = ("a warm film", "a dull film", "slow", "an odd and long film")
+FILM = [{"id": i, "sentence": text, "label": i % 3} for i, text in enumerate(FILMS)]
 PHRASES = dataclasses.replace(tasks.get("SST"), words=("good", "good enough", "not good at all"))
 
 
@@ -230,7 +231,7 @@ def test_a_run_with_loss_on_labels(model_folder, data_root, tmp_path):
     sft.main([*given, "--label_smoothing", "0.1"])
     lines = [line for line in history(run) if "train/loss" in line]
     assert len(lines) == 6 and lines[-1]["train/loss"] < lines[0]["train/loss"]
-    assert all(0 <= line["train/accuracy"] <= 1 and 0 <= line["train/entropy"] <= math.log(2) for line in lines)
+    assert all(0 <= line["train/accuracy"] <= 1 and 0 <= line["train/entropy"] < math.log(2) + 1e-4 for line in lines)
     assert summary(run)["arguments"]["loss_on"] == "label"
 
 
@@ -347,7 +348,7 @@ def test_a_folders_tasks_are_found_once_each(below):
     [
         (["--use_CoT", "True"], "holds no analyses to learn from"),
         (["--loss_on", "prompt"], "--loss_on prompt must be one of label, answer, full"),
-        (["--label_smoothing", "0.1"], "--label_smoothing 0.1 needs --loss_on label"),
+        (["--loss_on", "answer", "--label_smoothing", "0.1"], "--label_smoothing 0.1 needs --loss_on label"),
         (["--loss_on", "label", "--label_smoothing", "1"], "--label_smoothing 1 must be at least 0 and less than 1"),
         (["--number_target", "soft", "--loss_on", "full"], "--number_target soft needs --loss_on label"),
         (["--loss_on", "label", "--number_target", "far"], "--number_target far must be one of nearest, soft"),
