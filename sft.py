@@ -43,11 +43,7 @@ class SFTArguments(TrainArguments):
         None, "training", f"number of steps; 0: all epochs; default: {STEPS} for one task without --end_epoch"
     )
     repeat_time: int = option(1, "training", "how often each row is seen in an epoch")
-    loss_on: str = option(
-        LOSS_ON,
-        "SFT",
-        "label: choice of the label; answer: the answer's tokens; full: the prompt's too",
-    )
+    loss_on: str = option(LOSS_ON, "SFT", "label: choice of the label; answer: the answer's tokens; full: prompt too")
     label_smoothing: float = option(0.0, "SFT", "--loss_on label: share of the target that all labels get alike")
     number_target: str = option("nearest", "SFT", "--loss_on label, STS-B: nearest number, or soft: close ones too")
     answer_space: str = option("", "answers", ANSWER_SPACES_HELP)

@@ -37,7 +37,7 @@ options=(
     # --max_steps 100                 # number of steps; 0: all epochs; default: 72 for one task without --end_epoch
     # --repeat_time 1                 # how often each row is seen in an epoch
     # --- SFT
-    # --loss_on answer                # label: choice of the label; answer: the answer's tokens; full: the prompt's too
+    # --loss_on answer                # label: choice of the label; answer: the answer's tokens; full: prompt too
     # --label_smoothing 0.1           # --loss_on label: share of the target that all labels get alike
     # --number_target nearest         # --loss_on label, STS-B: nearest number, or soft: close ones too
     # --- answers

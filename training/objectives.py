@@ -10,7 +10,7 @@ PPO: Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE: Schulman et al
 import torch
 
 NUMBER_SCALE = 0.5  # of a soft target: a number so far from the gold one has 1/e of its weight
-KL_ERROR_CLIP, KL_GAIN = 0.2, 0.1  # of the adaptive KL coefficient, as published
+KL_ERROR_CLIP, KL_GAIN = 0.2, 0.1  # of the adaptive KL coefficient
 
 
 def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> tuple[list[float], list[float]]:
@@ -124,7 +124,7 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
 def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
     """The KL coefficient of the next step, which rises where the KL is above its target and falls where it is below.
 
-    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2.
+    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593: the error is clipped to +-0.2, the gain is 0.1.
     """
     error = min(max(kl / target - 1, -KL_ERROR_CLIP), KL_ERROR_CLIP)
     return coef * (1 + KL_GAIN * error)
