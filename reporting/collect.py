@@ -13,7 +13,7 @@ from pathlib import Path
 import tasks
 from evaluation import metrics, predictions
 from machine.files import read_json_lines
-from reporting.results import ADAPTER, FEW_SHOT, METHODS, PPO, SFT, START, ZERO_SHOT, Collection, Result, setup
+from reporting.results import ADAPTER, FEW_SHOT, METHODS, PPO, SFT, START, TRAINED, ZERO_SHOT, Collection, Result, setup
 from run.folder import ROOT, folder_of
 from tasks import Task
 
@@ -28,6 +28,8 @@ NOT_A_SETTING = {
     "eval_steps",
     "from_local",
     "loss_on",
+    "gradient_checkpointing",
+    "micro_batch",
     "num_shots",
     "output_dir",
     "policy_gradient",
@@ -308,7 +310,7 @@ def manner(given: dict) -> list[str]:
 def settings_of(run: Run) -> dict:
     """The arguments that change what is learned or answered, and those of the training before."""
     given = run.arguments
-    if run.method in (SFT, PPO):
+    if run.method in TRAINED:
         settings = {name: value for name, value in (SINCE | given).items() if name not in NOT_A_SETTING}
     else:
         settings = {name: value for name, value in given.items() if name in PROMPTING}
