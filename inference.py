@@ -146,7 +146,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
 
     show: see `run`.
     """
-    from evaluation import answer_spaces, answering, scores
+    from evaluation import answer_spaces, answering
 
     started = time.perf_counter()
     task, rows = job.task, job.rows
@@ -155,7 +155,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
     # The majority label is looked for before hours of work: free answers can be invalid, and a leaderboard file has no
     # place for those.
     needs_majority = job.labelled or (arguments.answer_space == "free" and task.submission)
-    majority, counted_in = splits.majority_label(task, rows, arguments.data_path) if needs_majority else (0, "")
+    majority = splits.majority_label(task, rows, arguments.data_path) if needs_majority else (0, "")
     shots = show(arguments, job, engine.tokenizer)
     prompt_ids, shortened = answering.build_prompts(
         task, rows, engine.tokenizer, shots, arguments.use_CoT, arguments.max_prompt_length
@@ -174,17 +174,40 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
         max_response_length=arguments.max_response_length,
         temperature=arguments.model_temperature if arguments.do_sample else 0.0,
     )
-    if not processes.is_main():
-        return {}
 
     # 3. scores, and the leaderboard's file
+    details = {"shots": len(shots[0]), "shortened": shortened}
+    return write_results(arguments, job, folder, method, answers, majority, started, details)
+
+
+def write_results(
+    arguments: Arguments,
+    job: Job,
+    folder: Path,
+    method: str,
+    answers: list,
+    majority: tuple[int | float, str],
+    started: float,
+    details: dict,
+) -> dict:
+    """Say what came out of one task's answers, and write its leaderboard file and summary. Returns the summary; {}
+    beside the main process.
+
+    majority: the most frequent label, and what it was counted in. started: time.perf_counter() before the answers.
+    details: what else the summary holds: `shots`, and how many prompts were `shortened`.
+    """
+    from evaluation import scores
+
+    if not processes.is_main():
+        return {}
+    task, rows, shortened = job.task, job.rows, details["shortened"]
     figures = {"invalid_rate": [answer.label for answer in answers].count(None) / len(answers)}
-    details = {"split": arguments.split, "rows": len(rows), "shots": len(shots[0]), "shortened": shortened}
+    details = {"split": arguments.split, "rows": len(rows), **details}
     print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {arguments.answer_space} answers")
     if job.labelled:
         figures = scores.score(task, rows, answers)
-        details |= scores.details(task, rows, answers, majority)
-        print(scores.metrics_text(task, figures, details, counted_in))
+        details |= scores.details(task, rows, answers, majority[0])
+        print(scores.metrics_text(task, figures, details, majority[1]))
     else:
         print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
     if task.note:
@@ -192,7 +215,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
     if shortened:
         print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
     if job.whole_split and task.submission:
-        write_leaderboard_file(folder / task.submission, job, answers, majority)
+        write_leaderboard_file(folder / task.submission, job, answers, majority[0])
     asked = replace(arguments, task=task.name, train_model_name=job.model)
     details |= {"data_hash": data_hash(rows), "seconds": round(time.perf_counter() - started, 1)}
     return write_summary(folder, method, task, asked, {"after": figures, "best": figures}, **details)

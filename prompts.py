@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -208,12 +209,36 @@ def build_all(
         return ids
 
     texts_of_rows = [row_texts(task, row, marks) for row in rows]
-    prompts = tokenize(texts_of_rows)
+    way_out = " or lower --num_shots" if demonstrations else ""
+    prompts, shortened = fit(task, rows, texts_of_rows, tokenize, tokenizer, max_prompt_length, way_out)
     empty = dict.fromkeys(task.fields, "")
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.discard(tokenizer.unk_token_id)  # any text may hold characters that the tokenizer does not know
     turns = [token for token in tokenize([empty], [(empty, word) for _, word in shots])[0] if token in special]
-    shortened = 0
+    for i, row in enumerate(rows):
+        if [token for token in prompts[i] if token in special] != turns:
+            raise PromptError(
+                f"row {row.get('id', i)} of {task.name}, or a demonstration before it, holds a text that this "
+                "model's tokenizer reads as a special token; change the text in the data"
+            )
+    return prompts, shortened
+
+
+def fit(
+    task: Task,
+    rows: list[dict],
+    texts_of_rows: list[dict[str, str]],
+    tokenize: Callable[[list[dict[str, str]]], list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    way_out: str = "",
+) -> tuple[list[list[int]], int]:
+    """The token ids that `tokenize` makes of every row's texts, and how many rows lost text of their passage.
+
+    In `texts_of_rows` passages are shortened until a row has at most `max_prompt_length` tokens. Raises PromptError,
+    with `way_out` after its advice, if a row does not fit even without its passage.
+    """
+    prompts, shortened = tokenize(texts_of_rows), 0
     for i, (row, texts) in enumerate(zip(rows, texts_of_rows)):
         shortened += len(prompts[i]) > max_prompt_length
         while (excess := len(prompts[i]) - max_prompt_length) > 0:
@@ -221,17 +246,11 @@ def build_all(
             if longest is None or not texts[longest]:
                 raise PromptError(
                     f"row {row.get('id', i)} of {task.name} takes {len(prompts[i])} tokens even without its "
-                    f"passage; raise --max_prompt_length (now {max_prompt_length})"
-                    + (" or lower --num_shots" if demonstrations else "")
+                    f"passage; raise --max_prompt_length (now {max_prompt_length}){way_out}"
                 )
             # In steps, so that two long passages both keep their beginning.
             texts[longest] = _shorten(texts[longest], -(-excess // len(task.passage)), tokenizer)
             prompts[i] = tokenize([texts])[0]
-        if [token for token in prompts[i] if token in special] != turns:
-            raise PromptError(
-                f"row {row.get('id', i)} of {task.name}, or a demonstration before it, holds a text that this "
-                "model's tokenizer reads as a special token; change the text in the data"
-            )
     return prompts, shortened
 
 

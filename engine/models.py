@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from engine.folders import EMBEDDED, check_folder
+from engine.folders import EMBEDDED, HEAD, check_folder
 from machine import manifests, sharding
 from machine.errors import ModelError
 
@@ -107,6 +107,11 @@ def adapter_chain(name: str, from_local: bool) -> tuple[str, list[Path]]:
     if not from_local:
         return (str(embedded_folder()) if name == EMBEDDED else name), []
     folder = Path(name)
+    if (folder / HEAD).exists():
+        raise ModelError(
+            f"--train_model_name {name} is a classification head, which answers no prompts; ask it with "
+            f"`bash scripts/classify.sh --split validation --from_local True --train_model_name {name}`"
+        )
     if (folder / "config.json").exists():
         return str(folder), []
     adapters = [folder]
@@ -122,7 +127,7 @@ def load_tokenizer(name: str, from_local: bool = False, trust_remote_code: bool 
     trust_remote_code: Python files that come with the model may be run.
     """
     base, _ = adapter_chain(name, from_local)
-    with _clear_errors(name), quiet():
+    with clear_errors(name), quiet():
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-sequence token; choose another model")
@@ -153,7 +158,7 @@ def load_model(
 
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    with _clear_errors(name), quiet():
+    with clear_errors(name), quiet():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **kwargs)
         for adapter in adapters:
             if (adapter / manifests.FILE).exists():
@@ -199,7 +204,7 @@ def save_start_adapter(name: str, from_local: bool, checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(name: str):
+def clear_errors(name: str):
     """Turn the libraries' many kinds of load errors into one sentence."""
     try:
         yield

@@ -13,7 +13,20 @@ from pathlib import Path
 import tasks
 from evaluation import metrics, predictions
 from machine.files import read_json_lines
-from reporting.results import ADAPTER, FEW_SHOT, METHODS, PPO, SFT, START, TRAINED, ZERO_SHOT, Collection, Result, setup
+from reporting.results import (
+    ADAPTER,
+    FEW_SHOT,
+    HEAD,
+    METHODS,
+    PPO,
+    SFT,
+    START,
+    TRAINED,
+    ZERO_SHOT,
+    Collection,
+    Result,
+    setup,
+)
 from run.folder import ROOT, folder_of
 from tasks import Task
 
@@ -27,8 +40,9 @@ NOT_A_SETTING = {
     "do_sample",
     "eval_steps",
     "from_local",
-    "loss_on",
+    "full",
     "gradient_checkpointing",
+    "loss_on",
     "micro_batch",
     "num_shots",
     "output_dir",
@@ -280,7 +294,10 @@ def kind_of(run: Run) -> str:
 
 
 def answer_space(run: Run) -> list[str]:
-    """The answer space, and those of the training that are not the same; the objective of the training."""
+    """The answer space, and those of the training that are not the same; the objective of the training. Of a
+    classification head, which has no answer space, the weights that were trained."""
+    if HEAD in (run.method, METHODS[(run.adapter_of or run.summary)["method"]]):
+        return ["all weights" if (run.adapter_of or run.summary)["arguments"].get("full") else "LoRA"]
     how = [run.arguments.get("answer_space") or "labels"]
     training = run.arguments
     if run.method == ADAPTER and run.adapter_of:
@@ -311,7 +328,8 @@ def settings_of(run: Run) -> dict:
     """The arguments that change what is learned or answered, and those of the training before."""
     given = run.arguments
     if run.method in TRAINED:
-        settings = {name: value for name, value in (SINCE | given).items() if name not in NOT_A_SETTING}
+        since = SINCE if run.method in (SFT, PPO) else {}
+        settings = {name: value for name, value in (since | given).items() if name not in NOT_A_SETTING}
     else:
         settings = {name: value for name, value in given.items() if name in PROMPTING}
     if run.adapter_of:
@@ -320,7 +338,7 @@ def settings_of(run: Run) -> dict:
         settings |= {f"earlier {name}": value for name, value in told.items()}
         settings["earlier objective"] = ", ".join(objective(earlier))
     settings["eval_size"] = 400 if settings.get("eval_size") is None else settings["eval_size"]
-    if answer_space(run)[0] == "labels" and not given.get("use_CoT"):
+    if answer_space(run)[0] in ("labels", "LoRA", "all weights") and not given.get("use_CoT"):
         settings.pop("max_response_length", None)
     return settings
 

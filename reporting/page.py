@@ -6,7 +6,7 @@ import re
 
 from reporting import comparison, figures, tables
 from reporting.comparison import Changes
-from reporting.results import SFT, ZERO_SHOT, Collection, Group, TaskKey, task_title
+from reporting.results import HEAD, SFT, ZERO_SHOT, Collection, Group, TaskKey, task_title
 from reporting.tables import Table
 
 SHOWN = 20  # changed rows of each kind that are listed
@@ -136,10 +136,10 @@ def figure(caption: str, picture: bytes) -> str:
 
 
 def changed(groups: list[Group]) -> list[str]:
-    """Which rows PPO fixed and which it broke against zero-shot and SFT, in parts that unfold."""
+    """Which rows PPO fixed and which it broke against zero-shot, a head and SFT, in parts that unfold."""
     parts = []
     for method, baseline in comparison.pairs(groups):
-        if not baseline.first.kind.startswith((ZERO_SHOT, SFT)):
+        if not baseline.first.kind.startswith((ZERO_SHOT, HEAD, SFT)):
             continue
         found = comparison.changes(method, baseline)
         if found is None:

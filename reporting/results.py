@@ -12,14 +12,17 @@ from tasks import Task
 from tasks.labels import label_from_name
 
 START = " (before training)"  # at the end of the name of a run's first evaluation
-# The methods in every table.
-ORDER = ZERO_SHOT, FEW_SHOT, SFT, TRL_GRPO, PPO = "zero-shot", "few-shot", "SFT", "TRL GRPO", "PPO"
-TRAINED = SFT, TRL_GRPO, PPO
+# The methods in the order of every table.
+ZERO_SHOT, FEW_SHOT, HEAD, SFT = "zero-shot", "few-shot", "classification head", "SFT"
+TRL_GRPO, PPO = "TRL GRPO", "PPO"
+ORDER = ZERO_SHOT, FEW_SHOT, HEAD, SFT, TRL_GRPO, PPO
+TRAINED = HEAD, SFT, TRL_GRPO, PPO
 ADAPTER = "adapter"
 # By what summary.json calls a method.
 METHODS = {
     "zero-shot": ZERO_SHOT,
     "few-shot": FEW_SHOT,
+    "head": HEAD,
     "sft": SFT,
     "trl-grpo": TRL_GRPO,  # benchmarks/trl_grpo.py
     "ppo": PPO,
@@ -42,7 +45,7 @@ class Result:
 
     run: str  # the run's folder, relative to --runs
     folder: Path
-    kind: str  # zero-shot, few-shot, SFT, PPO, or how an adapter was trained: SFT + PPO
+    kind: str  # one of ORDER, or how an adapter was trained: SFT + PPO
     method: str  # the kind with its settings, as the tables call it
     model: str
     task: Task

@@ -148,7 +148,8 @@ def cost_table(groups: list[Group]) -> Table:
     keys = [group.key for group in groups]
     header = ["model", "task", "method", "runs", "seeds", "samples", "time", "peak memory"]
     note = (
-        "Samples are training samples. Time is that of training for PPO and SFT, and that of answering for the others."
+        "Samples are training samples. Time is that of training for heads, SFT and PPO, and that of answering for the "
+        "others."
     )
     table = Table("Cost of each method, means over its runs", header, [], note)
     for group in groups:

@@ -17,7 +17,7 @@ from engine.folders import EMBEDDED, check_folder
 from machine import processes
 from machine.errors import ArgumentError, clear_errors
 from prompts import MAX_PROMPT_LENGTH
-from run.parser import Parser, option, option_types
+from run.parser import Parser, option, option_types, options_of
 from tasks import Task
 
 # Notes from one library to the other about names that will change; a user can do nothing about them.
@@ -78,7 +78,7 @@ def parse(kind: type[Given], description: str, argv: list[str] | None = None) ->
     processes.quiet_others()
     parser = Parser(kind, description)
     parser.add_option("config", str, "", "run", CONFIG_HELP)
-    names = {f.name for f in fields(kind)}
+    names = {f.name for f in options_of(kind)}
     argv = sys.argv[1:] if argv is None else argv
     chosen, _ = parser.parse_known_args(argv)
     with clear_errors(parser.prog):

@@ -23,6 +23,16 @@ def option(default, group: str, help: str) -> dataclasses.Field:
     return dataclasses.field(default=default, metadata={"group": group, "help": help})
 
 
+def fixed(value) -> dataclasses.Field:
+    """A field that shared code reads, with the only value that it has in this script: it is no option here."""
+    return dataclasses.field(default=value, init=False)
+
+
+def options_of(kind: type) -> list[dataclasses.Field]:
+    """The fields that can be set on the command line."""
+    return [field for field in dataclasses.fields(kind) if field.init]
+
+
 def option_types(kind: type) -> dict[str, type]:
     """The type of every field's value; of `int | None` it is int."""
     hints = typing.get_type_hints(kind)
@@ -45,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         )
         self._groups: dict[str, argparse._ArgumentGroup] = {}
         types = option_types(kind)
-        for field in sorted(dataclasses.fields(kind), key=lambda f: GROUPS.index(f.metadata["group"])):
+        for field in sorted(options_of(kind), key=lambda f: GROUPS.index(f.metadata["group"])):
             self.add_option(field.name, types[field.name], field.default, **field.metadata)
 
     def add_option(self, name: str, type_: type, default, group: str, help: str) -> None:

@@ -5,23 +5,24 @@
 Options, defaults and help texts are written down in the scripts' dataclasses alone.
 """
 
-import dataclasses
 import re
 from itertools import groupby
 from pathlib import Path
 
+import classify
 import fewshot
 import inference
 import ppo
 import report
 import sft
 from run.arguments import CONFIG_HELP
-from run.parser import GROUPS
+from run.parser import GROUPS, options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "ppo": ppo.PPOArguments,
     "sft": sft.SFTArguments,
+    "classify": classify.HeadArguments,
     "inference": inference.InferenceArguments,
     "fewshot": fewshot.FewshotArguments,
     "report": report.ReportArguments,
@@ -37,7 +38,7 @@ option.
 
 def options(script: str) -> list[tuple[str, object, str, str]]:
     """Name, default, group and help of every option, as `--help` lists them."""
-    found = [(f.name, f.default, f.metadata["group"], f.metadata["help"]) for f in dataclasses.fields(KINDS[script])]
+    found = [(f.name, f.default, f.metadata["group"], f.metadata["help"]) for f in options_of(KINDS[script])]
     found += [("config", "", "run", CONFIG_HELP)] if script != "report" else []
     return sorted(found, key=lambda option: GROUPS.index(option[2]))
 

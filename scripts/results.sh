@@ -19,7 +19,7 @@ seeds="${SEEDS:-0}"
 rows="${EVAL_SIZE:-400}"                       # held-out rows of each task, the same ones for every method
 model="${MODEL:-SmolLM2-135M-Instruct}"
 methods=("$@")
-[ ${#methods[@]} -gt 0 ] || methods=(zero-shot zero-shot-free 8-shot SFT PPO PPO-sampled PPO-free)
+[ ${#methods[@]} -gt 0 ] || methods=(zero-shot zero-shot-free 8-shot head SFT PPO PPO-sampled PPO-free)
 
 # BoolQ's training split is not always at hand: without it a part of the validation split is trained on, and only the
 # other part is answered, by every method.
@@ -59,7 +59,7 @@ for method in "${methods[@]}"; do
             folder="$out/${task//\//-}/$method-$seed"
             about=(--task "$task" --train_model_name "$model" --seed "$seed" ${data[@]+"${data[@]}"})
             case "$task $method" in
-            "AX-b SFT"* | "AX-b PPO"*) # has no training rows: the model that was trained on RTE answers it
+            "AX-b head"* | "AX-b SFT"* | "AX-b PPO"*) # has no training rows: the model that was trained on RTE answers it
                 # Its last weights, as in all figures here: best/ is the untrained model where training did not help.
                 trained="$out/RTE/$method-$seed"
                 [ -e "$trained/summary.json" ] || continue
@@ -71,12 +71,17 @@ for method in "${methods[@]}"; do
                     continue
                 fi
                 about=(--task "$task" --seed "$seed" --from_local True --train_model_name "$last")
-                [ "$method" != PPO-free ] || about+=(--answer_space free)
-                run "$folder" inference.sh "${about[@]}"
+                case "$method" in
+                head*) run "$folder" classify.sh "${about[@]}" --split validation ;;
+                PPO-free) run "$folder" inference.sh "${about[@]}" --answer_space free ;;
+                *) run "$folder" inference.sh "${about[@]}" ;;
+                esac
                 ;;
             *" zero-shot") run "$folder" inference.sh "${about[@]}" ;;
             *" zero-shot-free") run "$folder" inference.sh "${about[@]}" --answer_space free ;;
             *" 8-shot") run "$folder" fewshot.sh "${about[@]}" ;;
+            *" head") run "$folder" classify.sh "${about[@]}" ;;
+            *" head-"[1-9]*) run "$folder" classify.sh "${about[@]}" --max_steps "$((${method#head-} / 8))" ;;
             *" SFT") run "$folder" sft.sh "${about[@]}" ;;
             *" SFT-"[1-9]*) run "$folder" sft.sh "${about[@]}" --max_steps "$((${method#SFT-} / 8))" ;;
             *" PPO-"[1-9]*) run "$folder" ppo.sh "${about[@]}" --max_steps "$((${method#PPO-} / 8))" ;;
@@ -84,8 +89,8 @@ for method in "${methods[@]}"; do
             *" PPO-sampled") run "$folder" ppo.sh "${about[@]}" --policy_gradient sampled ;;
             *" PPO-free") run "$folder" ppo.sh "${about[@]}" --answer_space free ;;
             *)
-                echo "results.sh: error: no method $method; give some of zero-shot zero-shot-free 8-shot SFT SFT-ROWS" \
-                    "PPO PPO-ROWS PPO-sampled PPO-free" >&2
+                echo "results.sh: error: no method $method; give some of zero-shot zero-shot-free 8-shot head head-ROWS" \
+                    "SFT SFT-ROWS PPO PPO-ROWS PPO-sampled PPO-free" >&2
                 exit 2
                 ;;
             esac

@@ -3,12 +3,12 @@
 import ast
 import importlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from run.parser import Parser, option
+from run.parser import Parser, option, options_of
 from scripts import arguments as documents
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def arguments_read(module: str) -> set[str]:
 
 
 def declared(script: str) -> set[str]:
-    return {field.name for field in fields(documents.KINDS[script])}
+    return {field.name for field in options_of(documents.KINDS[script])}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -20,11 +20,13 @@ class StratifiedSampler(torch.utils.data.Sampler):
     learned anything about the texts; sampling then sees that label only, and the policy collapses onto it.
     """
 
-    def __init__(self, strata: list, seed: int):
+    def __init__(self, strata: list, seed: int, size: int | None = None):
+        """strata: every row's label. size: rows of an epoch, if not all."""
         self.members: dict = {}
         for i, stratum in enumerate(strata):
             self.members.setdefault(stratum, []).append(i)
-        self.size, self.seed, self.epoch = len(strata), seed, 0
+        self.size = len(strata) if size is None else size
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return self.size
@@ -39,4 +41,4 @@ class StratifiedSampler(torch.utils.data.Sampler):
             order = torch.randperm(len(members), generator=random).tolist()
             jitter = torch.rand(len(members), generator=random).tolist()
             placed += [((rank + u) / len(members), members[i]) for rank, (i, u) in enumerate(zip(order, jitter))]
-        return iter([i for _, i in sorted(placed)])
+        return iter([i for _, i in sorted(placed)][: self.size])

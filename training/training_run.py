@@ -1,7 +1,9 @@
-"""What ppo.py and sft.py share once their arguments are checked: the model, Trainer's settings, evaluation on held-out
-rows, and the run from its folder to its summary."""
+"""What ppo.py, sft.py and classify.py share once their arguments are checked: the model, Trainer's settings, evaluation
+on held-out rows, and the run from its folder to its summary."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 import rewards
 from engine import models
+from engine.classifier import Classifier
 from engine.engine import Engine
 from evaluation import answer_spaces, predict, predictions, scores
 from evaluation.predictions import Prediction
@@ -100,22 +103,29 @@ class HeldOutEvaluation:
     """
 
     def __init__(
-        self, arguments: TrainArguments, data: list[TaskData], folder: Path, strict_format: bool = False, **how
+        self,
+        arguments: TrainArguments,
+        data: list[TaskData],
+        folder: Path,
+        strict_format: bool = False,
+        answer: Callable[[Any, TaskData], list[Prediction]] | None = None,
+        **how,
     ):
-        """strict_format: see AnswerFormat. how: further arguments of predict.predict (temperature, seed)."""
+        """strict_format: see AnswerFormat. answer: answers the held-out rows in place of predict.predict.
+
+        how: further arguments of predict.predict (temperature, seed).
+        """
         self.use_CoT, self.strict_format = arguments.use_CoT, strict_format
         self.answer_space, self.max_response_length = arguments.answer_space, arguments.max_response_length
         self.data, self.folder, self.how = data, folder, how
+        self.answer = answer or self._generate
         self.episodes: list[dict] = []
 
-    def __call__(self, engine: Engine) -> dict[str, float]:
+    def __call__(self, engine: Engine | Classifier) -> dict[str, float]:
         first, figures = not evaluations(self.folder), {}
         self.episodes.clear()
         for part in self.data:
-            answer_format = answer_spaces.AnswerFormat(part.task, self.use_CoT, self.strict_format)
-            found = predict.predict(
-                engine, answer_format, part.held_out_prompts, self.answer_space, self.max_response_length, **self.how
-            )
+            found = self.answer(engine, part)
             folder = predictions_folder(part, self.data, self.folder)
             predictions.write(folder, part.task, part.held_out, part.held_out_prompts, found, engine.tokenizer, first)
             self.episodes += [episode(part, i, prediction) for i, prediction in enumerate(found[:EPISODES_PER_TASK])]
@@ -125,9 +135,15 @@ class HeldOutEvaluation:
         means = {name: sum(f[name] for f in figures.values()) / len(figures) for name in ("score", "invalid_rate")}
         return means | {f"{task}/{name}": value for task, found in figures.items() for name, value in found.items()}
 
+    def _generate(self, engine: Engine, part: TaskData) -> list[Prediction]:
+        answer_format = answer_spaces.AnswerFormat(part.task, self.use_CoT, self.strict_format)
+        return predict.predict(
+            engine, answer_format, part.held_out_prompts, self.answer_space, self.max_response_length, **self.how
+        )
+
 
 class TrainingRun:
-    """One run of ppo.py or sft.py: its folder, what shows and guards it, and its end.
+    """One run of ppo.py, sft.py or classify.py: its folder, what shows and guards it, and its end.
 
     Attributes: `folder`, and `callbacks` for the trainer. Raises ArgumentError and CheckpointError (see open_run).
     """
@@ -141,7 +157,7 @@ class TrainingRun:
         tokenizer: PreTrainedTokenizerBase,
         guard: Guard,
     ):
-        """method: ppo or sft. name: the task, or a name for several. guard: told where the run lies, and its end."""
+        """method: ppo, sft, head. name: the task, or one for several. guard: told where the run lies, and its end."""
         self.method, self.arguments, self.name, self.data, self.guard = method, arguments, name, data, guard
         self.train_rows = [row for part in data for row in part.train]
         held_out = [row for part in data for row in part.held_out]
@@ -183,10 +199,10 @@ class TrainingRun:
         trainer.train_from(self.checkpoint)
         self.guard.end_training(trainer.state.global_step)
 
-    def finish(self, trainer, samples_per_step: int, data_path: str, **more) -> None:
+    def finish(self, trainer, samples_per_step: int, data_path: str, ask: str = "", **more) -> None:
         """Evaluate the last weights, write summary.json (with `more`), and say what came out and how to evaluate it.
 
-        data_path: where the data lies, if not below data/.
+        data_path: where the data lies, if not below data/. ask: the script, with its options, that evaluates best/.
         """
         step = trainer.state.global_step
         if processes.broadcast_from_main(lambda: evaluations(self.folder)[-1]["step"]) != step:
@@ -214,7 +230,7 @@ class TrainingRun:
         print(
             f"\nEverything lies in {self.folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, "
             f"summary.json.\nEvaluate it:\n"
-            f"  bash scripts/inference.sh --task {names} --answer_space {self.arguments.answer_space} "
+            f"  bash scripts/{ask or f'inference.sh --task {names} --answer_space {self.arguments.answer_space}'} "
             f"--from_local True --train_model_name {self.folder / 'best'}"
         )
 

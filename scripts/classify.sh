@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# A classification head on one task, the baseline without a prompt. Made to be edited, and settable from outside:
+#
+#   bash scripts/classify.sh                                                   the embedded model on the embedded data
+#   TASK=RTE MODEL=FacebookAI/roberta-base bash scripts/classify.sh --full True
+#   FROM_LOCAL=True MODEL=model/MR/<run>/best bash scripts/classify.sh --split test
+#
+# The first run installs what is needed (scripts/setup.sh). Relative paths start where you are.
+set -euo pipefail
+
+project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
+task="${TASK:-MR}"                             # task name, as in tasks/table.py
+from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
+model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded model, a hub name, or with --from_local True a folder
+output_dir="${OUTPUT_DIR:-}"                   # folder of the run; default: a new one below model/
+seed="${SEED:-}"                               # seed of the data order, the sampling and the adapter's initial weights
+
+# Every other option of classify.py. The values only show the form: what is commented out has the default that
+# `.venv/bin/python classify.py --help` names.
+options=(
+    # --- run
+    # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --resume model/run              # folder of the run to continue, from its last checkpoint
+    # --split validation              # validation or test: answer it with a trained head; default: train one
+    # --config run.yaml               # YAML file with any of these options; the command line overrides it
+    # --- model
+    # --trust_remote_code False       # True: run the Python code that comes with the model
+    # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
+    # --- training
+    # --full False                    # True: train all weights; False: LoRA and the head
+    # --batch_sentence_num 8          # rows per step
+    # --learning_rate 1e-4            # learning rate; default: 0.0005, or 5e-05 with --full True
+    # --start_epoch 0                 # number of the first epoch
+    # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
+    # --max_steps 100                 # number of steps; 0: all epochs; default: 72 without --end_epoch
+    # --- answers
+    # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated
+    # --- evaluation and saving
+    # --eval_size 500                 # held-out rows to evaluate on; 0: all
+    # --report_to none                # dashboard: none, wandb, tensorboard or trackio
+    # --save_methods epoch            # when to save checkpoints: step or epoch
+    # --save_freq 150                 # steps between checkpoints, with --save_methods step
+    # --checkpoint_rate 1             # epochs between checkpoints, with --save_methods epoch
+    # --eval_steps 20                 # steps between evaluations; 0: only before and after training
+    # --save_total_limit 3            # checkpoints to keep beside the best; 0: all
+)
+
+# ---------------------------------------------------------------------------------------------- nothing to edit below
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/scripts/setup.sh"
+export WANDB_PROJECT="$project"
+# A run that goes on keeps its own settings; only what is typed may change them.
+case " $* " in *" --resume"*) exec "$root/.venv/bin/python" "$root/classify.py" "$@" ;; esac
+exec "$root/.venv/bin/python" "$root/classify.py" --task "$task" --train_model_name "$model_path" \
+    ${from_local:+--from_local "$from_local"} ${output_dir:+--output_dir "$output_dir"} ${seed:+--seed "$seed"} \
+    ${options[@]+"${options[@]}"} "$@"
