@@ -58,8 +58,8 @@ def check(arguments: HeadArguments) -> Task:
     task = get_task(arguments.task)
     if processes.LAUNCHED_FOR in processes.SHARDING:
         raise ArgumentError(
-            f"--full {arguments.full}: {processes.LAUNCHED_FOR} is not possible here, as each process keeps the whole "
-            "model; use scripts/accelerate/processes.yaml"
+            f"{processes.LAUNCHED_FOR} shards the weights, and classify.py keeps the whole model in each process; launch "
+            "it with scripts/accelerate/processes.yaml"
         )
     trained = arguments.from_local and (Path(arguments.train_model_name) / HEAD).exists()
     if arguments.split:
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     with faults.guard("classify.py") as guard:
         task = check(arguments)
         if arguments.split:
-            evaluate(arguments, task)
+            evaluate(arguments, task, guard)
             return
         data = load_rows(arguments, task, splits.task_path(task, arguments.data_path))
         check_batch(arguments, len(data.train), task.name)
@@ -196,7 +196,7 @@ def trainer_config(arguments: HeadArguments, folder: Path, inputs: list[dict]):
     )
 
 
-def evaluate(arguments: HeadArguments, task: Task) -> None:
+def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
     """Answer a split with a trained head; the run's folder is what inference.py's would be."""
     job = inference.load_jobs(arguments, [task])[0]
     task, labels = job.task, head_labels(Path(job.model))
@@ -214,7 +214,7 @@ def evaluate(arguments: HeadArguments, task: Task) -> None:
     inputs, shortened = classifying.build_inputs(task, job.rows, tokenizer, arguments.max_prompt_length)
     model = load_model(arguments, task, tokenizer)
     with contextlib.ExitStack() as held:
-        folder = processes.broadcast_from_main(lambda: inference.open_folder(arguments, task, held))
+        folder = guard.folder = processes.broadcast_from_main(lambda: inference.open_folder(arguments, task, held))
         print(models.device_line())
         classifier = Classifier(model, tokenizer, arguments.tokens_per_micro_batch or asking_tokens(model))
         found = classifying.predict(classifier, task, inputs)

@@ -53,6 +53,7 @@ def small_tokenizer(encoder: bool) -> PreTrainedTokenizerFast:
             special_tokens=[(token, VOCABULARY[token]) for token in ("[CLS]", "[SEP]")],
         )
         names |= dict(cls_token="[CLS]", sep_token="[SEP]")
+        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     else:
         names |= dict(eos_token="[SEP]")
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)

@@ -69,8 +69,9 @@ def assert_same_run(one: Path, two: Path) -> None:
         ["ppo.py", "--policy_gradient", "sampled", "--repeat_time", "4", "--advantage", "batch"],
         ["sft.py"],
         ["sft.py", "--loss_on", "label"],
+        ["classify.py", "--tokens_per_micro_batch", "40"],
     ],
-    ids=["expected", "sampled", "batch", "sft", "sft-label"],
+    ids=["expected", "sampled", "batch", "sft", "sft-label", "classify"],
 )
 def test_two_processes_learn_what_one_does(kind, model_folder, data_root, tmp_path):
     script, *more = kind

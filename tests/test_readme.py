@@ -9,16 +9,17 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import prompts
+from classify import HeadArguments
 from fewshot import FewshotArguments
 from inference import InferenceArguments
 from ppo import PPOArguments
 from report import ReportArguments
+from run.parser import options_of
 from sft import SFTArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,11 +35,14 @@ TINY_TRAINING = [*TINY, "--max_steps", "1"]
 ARGUMENTS = {
     "ppo": PPOArguments,
     "sft": SFTArguments,
+    "classify": HeadArguments,
     "inference": InferenceArguments,
     "fewshot": FewshotArguments,
     "report": ReportArguments,
 }
-OPTIONS = {program: {field.name for field in fields(kind)} | {"config", "help"} for program, kind in ARGUMENTS.items()}
+OPTIONS = {
+    program: {field.name for field in options_of(kind)} | {"config", "help"} for program, kind in ARGUMENTS.items()
+}
 BENCHMARK_OPTIONS = {
     option
     for path in (ROOT / "benchmarks").glob("*.py")
@@ -123,14 +127,15 @@ def runs_a_script(command: str, trained: Path, folder: Path) -> None:
     if "TASK=SST" in command and not (ROOT / "data" / "GLUE" / "SST").is_dir():
         pytest.skip("needs the original files of SST")
     command = command.replace("model/MR/RUN/best", str(trained / "best"))
-    training = "ppo.sh" in command or "sft.sh" in command
+    training = any(script in command for script in ("ppo.sh", "sft.sh", "classify.sh"))
     assert succeeded(run(command, [*(TINY_TRAINING if training else TINY), "--output_dir", str(folder)]))
     assert (folder / "summary.json").is_file()
 
 
 def programs(command: str) -> Iterator[tuple[str, str]]:
     """The programs of a command by their short names, each with what follows it."""
-    for found in re.finditer(r"\b(ppo|sft|inference|fewshot|report)\.(?:sh|py)\b|benchmarks\.ours_(ppo)\b", command):
+    names = "|".join(ARGUMENTS)
+    for found in re.finditer(rf"\b({names})\.(?:sh|py)\b|benchmarks\.ours_(ppo)\b", command):
         yield found[1] or found[2], command[found.end() :]
 
 
@@ -200,7 +205,7 @@ def test_every_test_that_the_table_of_faults_names_exists():
     assert named > 30
 
 
-@pytest.mark.parametrize("program", ["ppo", "sft", "inference", "fewshot"])
+@pytest.mark.parametrize("program", ["ppo", "sft", "classify", "inference", "fewshot"])
 def test_every_argument_has_its_line(program):
     script = (ROOT / "scripts" / f"{program}.sh").read_text(encoding="utf-8")
-    assert [f.name for f in fields(ARGUMENTS[program]) if not re.search(rf"--{f.name}\b", script)] == []
+    assert [f.name for f in options_of(ARGUMENTS[program]) if not re.search(rf"--{f.name}\b", script)] == []

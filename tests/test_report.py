@@ -204,6 +204,21 @@ def test_the_table_has_the_values_computed_by_hand(made_up):
     assert invalid["PPO (labels, expected)"] == "0.0 (0.0–0.0, n=2)"
 
 
+def test_a_classification_head_is_a_baseline_of_its_own(made_up):
+    start = flipped(*range(5))  # of a random head: no zero-shot result
+    given = dict(summary=TRAINED, before=start, full=True, max_response_length=16)
+    make_run(made_up, "head", "head", flipped(9), **given)
+    best = str(made_up / "head" / "best")
+    make_run(made_up, "asked", "trained", flipped(9), summary={"model": best}, from_local=True)
+    found = collect.collect(made_up)
+    names = [group.method for group in found.groups]
+    head, asked = "classification head (all weights)", "classification head best/ (all weights)"
+    assert names.index("few-shot 4 (labels)") < names.index(head) < names.index("SFT (labels)") < names.index(asked)
+    assert sum(result.kind == "zero-shot" for result in found.results) == 1
+    against = {c.baseline: c for c in comparison.compare_all(found.groups)}
+    assert against[head].difference == pytest.approx(0.0) and against[head].rows == 10
+
+
 def test_intervals_are_bootstrap_quantiles_over_rows_of_the_mean_over_seeds(made_up):
     groups = {group.method: group for group in collect.collect(made_up).groups}
     counts = np.random.default_rng(0).integers(0, 10, size=(1000, 10))  # as metrics.bootstrap_values draws

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("ppo", "sft", "fewshot", "inference")
+SCRIPTS = ("ppo", "sft", "classify", "fewshot", "inference")
 
 # `python -m venv DIR` copies the stand-in into DIR, `python -m pip install ... -r FILE` appends FILE's name to `calls`,
 # and fails, is killed or has begun to install, as the requirements file says. Any other call prints its arguments.
@@ -268,11 +268,12 @@ def test_script_passes_defaults_environment_and_arguments(checkout: Checkout, sc
 
     environment = {"TASK": "RTE", "MODEL": "a b", "OUTPUT_DIR": "c d", "SEED": "3", "PROJECT": "GLUE"}
     environment |= {"FROM_LOCAL": "True", "USE_COT": "True"}
+    analysis = {} if script == "classify" else {"use_CoT": "True"}  # a head writes none
     run = checkout.run(script, "--seed", "4", "--data_path", "e f", **environment)
     (_, *arguments), _, project = json.loads(run.stdout)
     assert arguments[-4:] == ["--seed", "4", "--data_path", "e f"]
     expected = {"task": "RTE", "train_model_name": "a b", "output_dir": "c d", "seed": "4", "from_local": "True"}
-    assert pairs(arguments) == expected | {"use_CoT": "True", "data_path": "e f"}
+    assert pairs(arguments) == expected | analysis | {"data_path": "e f"}
     assert project == "GLUE"
 
 
