@@ -26,7 +26,7 @@ from training.arguments import TrainArguments, check_batch, check_training, fill
 from training.data import TaskData, load_rows
 
 STEPS = 72  # of 8 rows: as many rows as ppo.py's and sft.py's defaults see
-LEARNING_RATE = 5e-4  # of LoRA and head; docs/results/recipes.md has the search
+LEARNING_RATE = 1e-3  # of LoRA and head; docs/results/recipes.md has the search
 FULL_LEARNING_RATE = 5e-5  # of all weights: the largest of those in https://arxiv.org/abs/1810.04805
 
 
@@ -58,8 +58,8 @@ def check(arguments: HeadArguments) -> Task:
     task = get_task(arguments.task)
     if processes.LAUNCHED_FOR in processes.SHARDING:
         raise ArgumentError(
-            f"{processes.LAUNCHED_FOR} shards the weights, and classify.py keeps the whole model in each process; launch "
-            "it with scripts/accelerate/processes.yaml"
+            f"{processes.LAUNCHED_FOR} shards the weights, and classify.py keeps the whole model in each process; "
+            "launch it with scripts/accelerate/processes.yaml"
         )
     trained = arguments.from_local and (Path(arguments.train_model_name) / HEAD).exists()
     if arguments.split:
@@ -108,7 +108,7 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
 
     from engine.classifier import Classifier
     from evaluation import classifying
-    from machine.memory import asking_tokens, training_tokens
+    from machine.memory import inference_token_budget, training_token_budget
     from training import training_run
     from training.head_trainer import HeadTrainer
 
@@ -121,7 +121,7 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
     # 2. model
     transformers.set_seed(arguments.seed)  # of the new head
     model = load_model(arguments, task, tokenizer)
-    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_tokens(model)
+    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_token_budget(model)
 
     # 3. run
     run = training_run.TrainingRun("head", arguments, task, [data], tokenizer, guard)
@@ -132,7 +132,7 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
         arguments, [data], run.folder, answer=lambda classifier, part: classifying.predict(classifier, task, inputs)
     )
     trainer = HeadTrainer(
-        Classifier(model, tokenizer, asking_tokens(model)),
+        Classifier(model, tokenizer, inference_token_budget(model)),
         trainer_config(arguments, run.folder, train_inputs),
         [{**encoded, "labels": row["label"]} for encoded, row in zip(train_inputs, data.train)],
         evaluate_with=evaluation,
@@ -207,7 +207,7 @@ def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
     from engine import models
     from engine.classifier import Classifier
     from evaluation import classifying, predictions
-    from machine.memory import asking_tokens
+    from machine.memory import inference_token_budget
 
     started = time.perf_counter()
     tokenizer = load_tokenizer(arguments)
@@ -216,13 +216,12 @@ def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
     with contextlib.ExitStack() as held:
         folder = guard.folder = processes.broadcast_from_main(lambda: inference.open_folder(arguments, task, held))
         print(models.device_line())
-        classifier = Classifier(model, tokenizer, arguments.tokens_per_micro_batch or asking_tokens(model))
+        classifier = Classifier(model, tokenizer, arguments.tokens_per_micro_batch or inference_token_budget(model))
         found = classifying.predict(classifier, task, inputs)
         ids = [row["input_ids"] for row in inputs]
         predictions.write(folder, task, job.rows, ids, found, tokenizer, first=False)
-        inference.write_results(
-            arguments, job, folder, "trained", found, majority, started, shots=0, shortened=shortened
-        )
+        details = {"shots": 0, "shortened": shortened}
+        inference.write_results(arguments, job, folder, "trained", found, majority, started, details)
         print(f"\n{folder} holds predictions.jsonl (every row and answer) and summary.json.")
 
 

@@ -29,7 +29,7 @@ options=(
     # --- training
     # --full False                    # True: train all weights; False: LoRA and the head
     # --batch_sentence_num 8          # rows per step
-    # --learning_rate 1e-4            # learning rate; default: 0.0005, or 5e-05 with --full True
+    # --learning_rate 1e-4            # learning rate; default: 0.001, or 5e-05 with --full True
     # --start_epoch 0                 # number of the first epoch
     # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
     # --max_steps 100                 # number of steps; 0: all epochs; default: 72 without --end_epoch

@@ -10,7 +10,6 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from engine import models
 from engine.classifier import Classifier
 from machine import memory, processes
-from machine.errors import TrainingError
 from training.run_trainer import RunTrainer
 from training.sampler import StratifiedSampler
 
@@ -75,10 +74,7 @@ class HeadTrainer(RunTrainer, Trainer):
                     raise
                 raise MemoryError(f"out of memory ({str(error).splitlines()[0][:100]})") from error
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}; {self._last_checkpoint_text()}. "
-                "Lower --learning_rate"
-            )
+            raise self.failure(f"the loss is {float(loss)}", "Lower --learning_rate")
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

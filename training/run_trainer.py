@@ -1,4 +1,4 @@
-"""What the PPO and SFT trainers share: evaluation on held-out rows, checkpoints, resume."""
+"""What the trainers share: evaluation on held-out rows, checkpoints, resume."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ class RunTrainer:
     number of the first epoch).
 
     Attributes:
-        engine: on the model in training.
+        engine: on the model in training; a classification head's is a Classifier.
         evaluation: `(engine) -> dict` of held-out figures, whose `score` decides what is best.
         on_save: called with every checkpoint's folder before it counts as written.
         samples_per_step: of all processes.
