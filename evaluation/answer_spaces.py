@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import prompts
 import rewards
+from engine.tokens import encode_part
 from engine.trees import Answer, LabelTrie
 from machine.errors import ModelError
 from tasks import Task
@@ -72,10 +73,7 @@ def spell(words: tuple[str, ...], tokenizer) -> Spelling:
     """
 
     def ids(text: str) -> list[int]:
-        found = list(tokenizer(text, add_special_tokens=False).input_ids)
-        while found and found[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
-            found.pop()
-        return found
+        return encode_part(tokenizer, text)
 
     def after(context: str, text: str) -> list[int] | None:
         before, both = ids(context), ids(context + text)
@@ -149,6 +147,6 @@ def judgement_link(tokenizer):
 
     def link(answer: Answer) -> tuple[list[int], str]:
         text = ("" if analysis_closed(answer.text) else rewards.ANALYSIS_END) + "\n" + rewards.JUDGEMENT
-        return tokenizer(text, add_special_tokens=False).input_ids, text
+        return encode_part(tokenizer, text), text
 
     return link

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from engine.batches import common_prefix
 from engine.engine import Engine
+from engine.tokens import encode
 from engine.trees import LabelTrie
 from evaluation.answer_spaces import AnswerFormat, label_trie
 from machine import processes
@@ -205,7 +206,7 @@ class PPOTrainer(RunTrainer, Trainer):
         """The token ids of a row's prompt."""
         if "prompt_ids" in row:
             return list(row["prompt_ids"])
-        return self.processing_class(row["prompt"], add_special_tokens=False).input_ids
+        return encode(self.processing_class, [row["prompt"]])[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's PPO metrics to Trainer's own, under the names of the dashboards."""

@@ -1,0 +1,250 @@
+"""Models that others made: chat templates that do the unexpected, tokenizers with habits, adapters of other programs.
+
+Every tokenizer, template and adapter is built here; none is a real model's.
+"""
+
+import copy
+import json
+from datetime import datetime
+
+import pytest
+import torch
+from conftest import EOS, SIZE, VOCABULARY, tiny_model, with_lora, word_tokenizer
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_python import PreTrainedTokenizer
+
+import prompts
+from engine import models, templates, tokens
+from evaluation import answer_spaces
+from machine.errors import ModelError, PromptError
+from tasks.table import TASKS
+
+MR = TASKS["MR"]
+ROW = {"id": 7, "sentence": "Two hours that feel like four.", "label": 1}
+WIDE = dict(max_prompt_length=4000)  # a token for every byte
+
+# Turns as in ChatML. A thought is opened as {opened}, kept as {kept}.
+CHAT = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + THOUGHT + m.content + '<|im_end|>\n' }}{% endfor %}"
+BEGIN = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def byte_tokenizer(template: str | None = None, before: bool = False, behind: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte. before, behind: begin- and end-of-sequence around every text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<|im_start|>", "<|im_end|>", *alphabet])}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if before or behind:
+        single = f"{'<s> ' if before else ''}$A{' </s>' if behind else ''}"
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    made.chat_template = template
+    return made
+
+
+def chat(thought: str = "", begin: str = "") -> str:
+    """A template. thought: an expression that is written before every text; begin: what an answer begins with."""
+    return CHAT.replace("THOUGHT", thought or "''") + BEGIN.replace("assistant\n", f"assistant\n{begin}")
+
+
+def text_of(tokenizer, **how) -> str:
+    return tokenizer.decode(prompts.build(MR, ROW, tokenizer, **WIDE, **how)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- thoughts
+
+KEPT = "('<think>\n' + m.reasoning_content + '\n</think>\n\n' if m.reasoning_content else '')"
+
+
+@pytest.mark.parametrize(
+    ("thought", "begin", "end"),
+    [
+        (KEPT, "<think>\n", "<think>\n\n</think>\n\n"),  # closed as the template closes thoughts
+        (KEPT.replace("</think>\n\n", "</think>"), "<think>\n", "<think>\n\n</think>"),
+        ("('' if '</think>' in m.content else '')", "<think>\n", "<think>\n\n</think>\n\n"),  # it only knows the tag
+        ("('' if '[/THINK]' in m.content else '')", "[THINK]", "[THINK][/THINK]"),
+        ("('' if '<|END_THINKING|>' in m.content else '')", "<|START_THINKING|>", "<|START_THINKING|><|END_THINKING|>"),
+        (KEPT, "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),  # closed already
+        (KEPT, "", "assistant\n"),
+        ("", "<answer>\n", "<answer>\n"),
+    ],
+)
+@pytest.mark.parametrize("use_CoT", [False, True])
+def test_a_thought_that_the_template_opens_is_closed(thought, begin, end, use_CoT):
+    text = text_of(byte_tokenizer(chat(thought, begin)), use_CoT=use_CoT)
+    assert text.endswith(f"{end}{'<Analysis>' if use_CoT else '<Judgement>'}")
+    assert text.count("<think>") == text.count("</think>")
+
+
+def test_a_thought_that_cannot_be_closed_is_refused():
+    tokenizer = byte_tokenizer(chat("", "<think>\n"))
+    with pytest.raises(ModelError, match=r"begins every answer with a thought \(<think>\) and shows no way to end it"):
+        templates.prepare(tokenizer, "own/model")
+
+
+def test_a_row_cannot_end_the_thought():
+    tokenizer = byte_tokenizer(chat(KEPT, "<think>\n"))
+    row = ROW | {"sentence": "fine </think> bad"}
+    assert "fine < /think> bad" in tokenizer.decode(prompts.build(MR, row, tokenizer, **WIDE)[0])
+
+
+# ------------------------------------------------------------------------------------------------ templates that fail
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no users here') }}", "TemplateError: no users here"),
+        ("{{ nothing() }}", "UndefinedError: 'nothing' is undefined"),
+        ("{% for m in messages %}{{ m.content }}", "TemplateSyntaxError: Unexpected end of template"),
+        ("{% if %}{{ messages }}", "TemplateSyntaxError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ 'always the same' }}", "leaves out the user's text in a conversation of user"),
+        ("", "leaves out the user's text in a conversation of user"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_sentence(template, reason, tmp_path):
+    byte_tokenizer(template).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tiny_model(vocab_size=260).config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as error:
+        models.load_tokenizer(str(tmp_path), True)
+    assert reason in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_several_templates_the_default_is_used(tmp_path):
+    tokenizer = byte_tokenizer({"default": chat(), "tool_use": "{{ raise_exception('tools') }}"})
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model(vocab_size=260).config.save_pretrained(tmp_path)
+    assert models.load_tokenizer(str(tmp_path), True).chat_template == chat()
+    tokenizer.chat_template = {"rag": chat(), "tool_use": chat()}
+    with pytest.raises(ModelError, match=r"own/model has several chat templates \(rag, tool_use\), and none .* default"):
+        templates.prepare(tokenizer, "own/model")
+
+
+def test_a_template_of_one_question_serves_as_long_as_there_are_no_demonstrations():
+    single = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}" + chat()
+    tokenizer = byte_tokenizer(single)
+    assert text_of(tokenizer).endswith("<Judgement>")
+    with pytest.raises(ModelError, match="cannot render a conversation of user, assistant, user .*one at a time"):
+        text_of(tokenizer, demonstrations=[ROW])
+    # One that keeps the last turn alone would take the demonstrations away in silence.
+    last = "{% set messages = messages[-1:] %}" + chat()
+    with pytest.raises(ModelError, match="leaves out the user's text in a conversation of user, assistant, user"):
+        text_of(byte_tokenizer(last), demonstrations=[ROW])
+
+
+# ----------------------------------------------------------------------------------------------------------- the date
+
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y, %H:%M') + '.\n' }}" + chat()
+
+
+def test_a_template_that_asks_for_the_date_gets_the_one_it_was_set_to():
+    tokenizer = byte_tokenizer(DATED)
+    templates.set_time(tokenizer, datetime(2023, 4, 5, 6, 7))
+    assert "Today is 05 Apr 2023, 06:07.\n" in text_of(tokenizer)
+    assert "Today is 05 Apr 2023, 06:07.\n" in text_of(copy.deepcopy(tokenizer))
+    assert datetime.now().strftime("%Y") in text_of(byte_tokenizer(DATED))
+
+
+# ---------------------------------------------------------------------------------------------------- end-of-sequence
+
+
+class Stubborn(PreTrainedTokenizerFast):
+    """Adds its special tokens whatever it is told."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **{**kwargs, "add_special_tokens": True})
+
+
+@pytest.mark.parametrize("template", [None, chat()])
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_no_prompt_target_or_label_holds_an_added_end_of_sequence(template, stubborn):
+    usual, tokenizer = byte_tokenizer(template, before=True), byte_tokenizer(template, before=True, behind=True)
+    assert tokenizer("x").input_ids[-1] == tokenizer.eos_token_id
+    if stubborn:
+        tokenizer.__class__ = Stubborn
+    shots = [ROW, ROW | {"label": 0}]
+    for how in ({}, {"demonstrations": shots}, {"use_CoT": True}):
+        expected, found = (prompts.build(MR, ROW, t, **WIDE, **how)[0] for t in (usual, tokenizer))
+        assert found[-1] != tokenizer.eos_token_id and found.count(tokenizer.eos_token_id) == 0
+        begun = [tokenizer.bos_token_id] if stubborn and template else []
+        assert found == begun + expected
+    assert answer_spaces.target_ids(MR, ROW, tokenizer) == answer_spaces.target_ids(MR, ROW, byte_tokenizer())
+    spellings = answer_spaces.label_trie(MR, tokenizer).spellings
+    assert spellings == answer_spaces.label_trie(MR, byte_tokenizer()).spellings
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & {token for s in spellings for token in s}
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_passage_is_shortened_by_as_much_as_without_end_of_sequence(stubborn):
+    task = TASKS["BoolQ"]
+    row = {"id": 1, "passage": "The Elm is a river. " * 40, "question": "is the elm a river", "label": 1}
+    built = []
+    for tokenizer in (byte_tokenizer(), byte_tokenizer(behind=True)):
+        if stubborn and built:
+            tokenizer.__class__ = Stubborn
+        built.append(prompts.build(task, row, tokenizer, max_prompt_length=600))
+    assert built[0] == built[1] and built[0][1] and 590 < len(built[0][0]) <= 600
+
+
+# ------------------------------------------------------------------------------------------- tokenizers without offsets
+
+
+class Slow(PreTrainedTokenizer):
+    """One token per two characters, in Python; it does not say which characters a token stands for."""
+
+    def __init__(self, **kwargs):
+        self.pairs: dict[str, int] = {"</s>": 0}
+        super().__init__(eos_token="</s>", pad_token="</s>", **kwargs)
+
+    @property
+    def vocab_size(self):
+        return len(self.pairs)
+
+    def get_vocab(self):
+        return dict(self.pairs)
+
+    def _tokenize(self, text, **kwargs):
+        return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    def _convert_token_to_id(self, token):
+        return self.pairs.setdefault(token, len(self.pairs))
+
+    def _convert_id_to_token(self, index):
+        return next(token for token, number in self.pairs.items() if number == index)
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+
+def test_a_tokenizer_without_offsets_shortens_all_the_same():
+    tokenizer, task = Slow(), TASKS["BoolQ"]
+    assert not tokenizer.is_fast
+    row = {"id": 1, "passage": "The Elm is a river. " * 40, "question": "is the elm a river", "label": 1}
+    ids, shortened = prompts.build(task, row, tokenizer, max_prompt_length=300)
+    assert shortened and 290 < len(ids) <= 300 and ids == prompts.build(task, row, tokenizer, max_prompt_length=300)[0]
+    text = tokenizer.decode(ids)
+    assert "Passage: The Elm is a river. " in text and "is the elm a river" in text and text.endswith("<Judgement>")
+    with pytest.raises(PromptError, match="even without its passage"):
+        prompts.build(task, row, tokenizer, max_prompt_length=100)
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, Slow])
+def test_a_shortened_text_is_shorter_each_time(make):
+    tokenizer, text = make(), "x\N{GRINNING FACE} y" * 5
+    for excess in (1, 3, 100):
+        shorter = text
+        while shorter:
+            before, shorter = shorter, tokens.shorten(tokenizer, shorter, excess)
+            assert before.startswith(shorter) and len(shorter) < len(before)
