@@ -9,15 +9,17 @@ from datetime import datetime
 
 import pytest
 import torch
-from conftest import EOS, SIZE, VOCABULARY, tiny_model, with_lora, word_tokenizer
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from conftest import SIZE, VOCABULARY, tiny_model, with_lora, word_tokenizer
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
+import inference
 import prompts
+import sft
 from engine import models, templates, tokens
 from evaluation import answer_spaces
 from machine.errors import ModelError, PromptError
@@ -41,7 +43,9 @@ def byte_tokenizer(template: str | None = None, before: bool = False, behind: bo
     tokenizer.decoder = decoders.ByteLevel()
     if before or behind:
         single = f"{'<s> ' if before else ''}$A{' </s>' if behind else ''}"
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -128,7 +132,9 @@ def test_of_several_templates_the_default_is_used(tmp_path):
     tiny_model(vocab_size=260).config.save_pretrained(tmp_path)
     assert models.load_tokenizer(str(tmp_path), True).chat_template == chat()
     tokenizer.chat_template = {"rag": chat(), "tool_use": chat()}
-    with pytest.raises(ModelError, match=r"own/model has several chat templates \(rag, tool_use\), and none .* default"):
+    with pytest.raises(
+        ModelError, match=r"own/model has several chat templates \(rag, tool_use\), and none .* default"
+    ):
         templates.prepare(tokenizer, "own/model")
 
 
@@ -248,3 +254,175 @@ def test_a_shortened_text_is_shorter_each_time(make):
         while shorter:
             before, shorter = shorter, tokens.shorten(tokenizer, shorter, excess)
             assert before.startswith(shorter) and len(shorter) < len(before)
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+IDS = torch.tensor([[5, 9, 4, 17, 30]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a whole model with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(model, folder, base, **how):
+    """Put an adapter on the model and save it as one of `base`; returns the adapted model."""
+    adapted = with_lora(model)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder, **how)
+    return adapted
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(ModelError) as error:
+        models.load_model(str(folder), from_local=True)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_adapter_is_merged(base, tmp_path):
+    adapted = train(tiny_model(), tmp_path, base)
+    merged = models.load_model(str(tmp_path), from_local=True)
+    torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged(IDS).logits, tiny_model()(IDS).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("more", [3, -2])
+def test_an_adapter_of_another_vocabulary_brings_its_embeddings(tied, more, tmp_path):
+    base = tmp_path / "base"
+    tiny_model(tie_word_embeddings=tied).save_pretrained(base)
+    model = models.load_model(str(base), from_local=True)
+    model.resize_token_embeddings(SIZE + more)
+    adapted = train(model, tmp_path / "adapter", base, save_embedding_layers=True)
+    merged = models.load_model(str(tmp_path / "adapter"), from_local=True)
+    assert merged.get_input_embeddings().num_embeddings == merged.config.vocab_size == SIZE + more
+    torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_a_base_of_another_size_is_refused(base, tmp_path):
+    train(tiny_model(hidden_size=64), tmp_path, base)
+    text = refusal(tmp_path)
+    assert f"the adapter {tmp_path} does not fit its base model" in text and "size mismatch" in text
+
+
+@pytest.mark.parametrize(("layers", "what"), [(1, "lacks"), (3, "has a weight that its base model has no place for")])
+def test_an_adapter_of_another_number_of_layers_is_refused(layers, what, base, tmp_path):
+    train(tiny_model(num_hidden_layers=layers), tmp_path, base)
+    assert what in refusal(tmp_path)
+
+
+def test_an_adapter_that_lacks_weights_or_has_others_is_refused(base, tmp_path):
+    train(tiny_model(), tmp_path, base)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file({key: value for key, value in weights.items() if key != name}, tmp_path / "adapter_model.safetensors")
+    assert f"the adapter {tmp_path} lacks base_model" in refusal(tmp_path)
+    # The head of a classifier, say: the labels would be answered as if it were not there.
+    head = {"base_model.model.score.weight": torch.zeros(2, 32)}
+    save_file(weights | head, tmp_path / "adapter_model.safetensors")
+    text = refusal(tmp_path)
+    assert "no place for: base_model.model.score.weight (0 weights are missing, 1 are left over)" in text
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_an_adapter_that_was_cut_short_is_refused(size, base, tmp_path):
+    train(tiny_model(), tmp_path, base)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert f"{path} cannot be read" in refusal(tmp_path)
+
+
+def test_a_model_that_was_cut_short_is_refused(base, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert f"lack 1 of its weights, such as {lost}" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1])
+    assert f"the model --train_model_name {tmp_path} could not be loaded" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"peft_type": "LORA", ', "cannot be read"),
+        ("", "cannot be read"),
+        ("[]", "peft_type is None"),
+        ('{"peft_type": "MAGIC", "base_model_name_or_path": "x"}', "peft_type is 'MAGIC', which peft"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": null}', "base_model_name_or_path is None"),
+        ('{"peft_type": "LORA"}', "base_model_name_or_path is None"),
+    ],
+)
+def test_a_broken_adapter_config_is_refused(text, reason, base, tmp_path):
+    train(tiny_model(), tmp_path, base)
+    (tmp_path / "adapter_config.json").write_text(text)
+    found = refusal(tmp_path)
+    assert reason in found and str(tmp_path / "adapter_config.json") in found
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused_by_its_type(config, base, tmp_path):
+    adapted = get_peft_model(tiny_model(), config)
+    adapted.save_pretrained(tmp_path)
+    change_config(tmp_path, base_model_name_or_path=str(base))
+    assert f"the adapter {tmp_path} is of the type {config.peft_type.value}, which cannot be merged" in refusal(
+        tmp_path
+    )
+
+
+def test_a_refused_adapter_leaves_nothing_behind(base, tmp_path, data_root, capsys):
+    adapter = tmp_path / "adapter"
+    train(tiny_model(hidden_size=64), adapter, base)
+    for script in (inference, sft):
+        given = dict(task="SST", data_path=data_root, train_model_name=adapter, from_local=True, report_to="none")
+        given |= dict(output_dir=tmp_path / "run", max_prompt_length=400, eval_size=4)
+        with pytest.raises(SystemExit) as end:
+            script.main([part for name, value in given.items() for part in (f"--{name}", str(value))])
+        text = capsys.readouterr().err
+        assert end.value.code == 2 and "does not fit its base model" in text and text.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------ an adapter's own tokenizer
+
+
+def test_an_adapters_own_tokenizer_and_template_are_used(base, tmp_path):
+    adapter, later = tmp_path / "adapter", tmp_path / "later"
+    train(tiny_model(), adapter, base)
+    assert models.load_tokenizer(str(adapter), True).chat_template is None
+    # A template alone, as a training script may leave it.
+    (adapter / "chat_template.jinja").write_text(chat())
+    assert models.load_tokenizer(str(adapter), True).chat_template == chat()
+    assert models.load_tokenizer(str(base), True).chat_template is None
+    # A whole tokenizer.
+    own = word_tokenizer()
+    own.add_tokens(["<extra>"])
+    own.chat_template = chat(begin="Well. ")
+    own.save_pretrained(adapter)
+    found = models.load_tokenizer(str(adapter), True)
+    assert found.chat_template == chat(begin="Well. ") and found.get_vocab() == own.get_vocab() != VOCABULARY
+    # Below a later adapter, where it is the one that counts, until that one brings its own.
+    train(models.load_model(str(adapter), True), later, base)
+    models.save_start_adapter(str(adapter), True, later)
+    assert models.load_tokenizer(str(later), True).get_vocab() == own.get_vocab()
+    assert models.load_tokenizer(str(later), True).chat_template == chat(begin="Well. ")
+    word_tokenizer().save_pretrained(later)
+    found = models.load_tokenizer(str(later), True)
+    assert found.get_vocab() == VOCABULARY and found.chat_template is None

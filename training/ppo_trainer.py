@@ -297,8 +297,12 @@ def known_labels(task: Task, tokenizer: PreTrainedTokenizerBase, needed: bool) -
 
 
 def add_value_head(model: PreTrainedModel) -> None:
-    """Give the model a critic: one linear layer in float32 that starts at zero."""
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=True, dtype=torch.float32)
+    """Give the model a critic: one linear layer in float32 that starts at zero.
+
+    It is as wide as the states that the output layer reads, which is not hidden_size in every model: OPT-350m projects
+    its last states to another width.
+    """
+    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=True, dtype=torch.float32)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     model.add_module("value_head", head)

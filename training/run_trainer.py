@@ -14,6 +14,7 @@ from pathlib import Path
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
 from engine.engine import Engine
@@ -74,8 +75,10 @@ class RunTrainer:
             metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
         metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
         score, best = metrics.get(f"{metric_key_prefix}/score"), self._best_score()
-        # Save best/ before logging: a run killed in between evaluates again, and finds nothing better than best/.
-        if score is not None and (best is None or score > best):
+        # Save best/ before logging: a run killed in between evaluates again, and comes to the same best/.
+        # Of equal scores the later is the best: where training changed nothing that the score shows, best/ holds what
+        # was trained, and not the adapter of step 0.
+        if score is not None and (best is None or score >= best):
             self.state.best_metric, self.state.best_global_step = score, self.state.global_step
             self._write_folder("best", self.save_model, score=score)
         self.log({**metrics, **self.so_far()})
@@ -200,6 +203,28 @@ class RunTrainer:
             remove_folder(run / name)
         os.replace(aside, run / name)
         fsync_folder(run)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, but rates and intervals are those of this run's arguments. A checkpoint holds its own run's, and a
+        run that goes on for longer would begin with the old schedule's last rate, which is 0."""
+        if checkpoint is None:
+            return
+        self.state.compute_steps(self.args, self.args.max_steps)
+        scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR):  # DeepSpeed's own
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        rates = list(scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        before, scheduler.base_lrs = list(scheduler.get_last_lr()), rates
+        scheduler._last_lr = [rate * part(scheduler.last_epoch) for rate, part in zip(rates, scheduler.lr_lambdas)]
+        for group, rate, initial in zip(self.optimizer.param_groups, scheduler._last_lr, rates):
+            group["lr"], group["initial_lr"] = rate, initial
+        if before != scheduler._last_lr and processes.is_main():
+            print(
+                f"The learning rate follows the new arguments from step {self.state.global_step + 1} of "
+                f"{self.args.max_steps}: {scheduler._last_lr[0]:g}, where the checkpoint had {before[0]:g}."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """The adapter's weights alone, from safetensors; Trainer would also load start/ as a second adapter."""
