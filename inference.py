@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import tasks
@@ -22,7 +23,7 @@ from engine.folders import EMBEDDED, check_folder
 from machine import processes
 from machine.errors import ArgumentError, MissingData
 from machine.files import write_json
-from run import faults
+from run import faults, prompt_record
 from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of, parse
 from run.folder import data_hash, folder_of, lock, make_folder, write_summary
 from run.parser import option
@@ -146,6 +147,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
 
     show: see `run`.
     """
+    from engine.loading import check_vocabulary
     from evaluation import answer_spaces, answering
 
     started = time.perf_counter()
@@ -160,6 +162,9 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
     prompt_ids, shortened = answering.build_prompts(
         task, rows, engine.tokenizer, shots, arguments.use_CoT, arguments.max_prompt_length
     )
+    check_vocabulary(engine, job.model, answer_spaces.largest_token(task, engine.tokenizer, prompt_ids))
+    kept = prompt_record.record(engine.tokenizer, prompt_record.hash_of(prompt_ids))
+    processes.broadcast_from_main(lambda: prompt_record.check_or_keep(folder, task.name, kept))
 
     # 2. answers
     answers = answering.answer(
@@ -238,14 +243,16 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
         # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without.
         import transformers
 
-        from engine import models
+        from engine import models, templates
         from engine.loading import load_frozen_engine
 
         how = dict(tokens_per_micro_batch=arguments.tokens_per_micro_batch, **arguments.model_options)
         engine, loaded = load_frozen_engine(jobs[0].model, **how), jobs[0].model
+        check_vocabularies(arguments, jobs, engine)
+        moment = prompt_record.prompts_time(arguments.resume)
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
-        top = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, name, held))
+        top = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, name, moment, held))
         guard.saved = "the answers so far are kept"
         print(models.device_line())
         summaries: dict[str, dict] = {}
@@ -262,6 +269,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
             if job.model != loaded:
                 engine, loaded = None, job.model  # the old one goes first: two may not fit
                 engine = load_frozen_engine(job.model, **how)
+            templates.set_time(engine.tokenizer, moment)
             transformers.set_seed(arguments.seed)
             trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
             used = method or ("trained" if trained else "zero-shot")
@@ -270,10 +278,31 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
             finish(arguments, jobs, top, summaries, several)
 
 
-def open_folder(arguments: InferenceArguments, name: Task | str, held: contextlib.ExitStack) -> Path:
-    """The run's folder, a new one or that of `--resume`; closed to other runs for as long as `held` is open."""
-    folder = Path(arguments.resume) if arguments.resume else make_folder(arguments, name)
+def check_vocabularies(arguments: InferenceArguments, jobs: list[Job], engine) -> None:
+    """ModelError, before there is a folder, if the first model has no embeddings for tokens that its rows hold."""
+    from engine.loading import check_vocabulary, may_lack_embeddings
+    from evaluation import answer_spaces, answering
+
+    if not may_lack_embeddings(engine):
+        return
+    how = arguments.use_CoT, arguments.max_prompt_length
+    for job in jobs:
+        if job.model == jobs[0].model:
+            shots = no_shots(arguments, job, engine.tokenizer)
+            prompt_ids, _ = answering.build_prompts(job.task, job.rows, engine.tokenizer, shots, *how)
+            check_vocabulary(engine, job.model, answer_spaces.largest_token(job.task, engine.tokenizer, prompt_ids))
+
+
+def open_folder(arguments: InferenceArguments, name: Task | str, moment: datetime, held: contextlib.ExitStack) -> Path:
+    """The run's folder, a new one or that of `--resume`; closed to other runs for as long as `held` is open.
+
+    moment: see prompt_record.prompts_time; run.json keeps it.
+    """
+    about = {prompt_record.TIME: moment.isoformat()}
+    folder = Path(arguments.resume) if arguments.resume else make_folder(arguments, name, about=about)
     held.enter_context(lock(folder))
+    if arguments.resume:
+        write_json(folder / "run.json", about | prompt_record.read(folder))
     return folder
 
 

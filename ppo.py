@@ -9,7 +9,6 @@ What is left at its default follows RECIPES, which RESULTS.md gives the reasons 
 from dataclasses import dataclass
 from pathlib import Path
 
-import prompts
 import rewards
 from machine import processes
 from machine.errors import ArgumentError
@@ -138,7 +137,7 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     from engine import models
-    from engine.loading import load_engine
+    from engine.loading import check_vocabulary, load_engine
     from evaluation.answer_spaces import AnswerFormat
     from machine.memory import training_token_budget
     from training import training_run
@@ -146,12 +145,12 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
 
     # 1. prompts
     task, tokenizer = data.task, training_run.load_tokenizer(arguments, [data])
-    lengths = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
-    train_prompts, shortened = prompts.build_all(task, data.train, tokenizer, **lengths)
-    data.held_out_prompts, shortened_too = prompts.build_all(task, data.held_out, tokenizer, **lengths)
+    train_prompts, shortened = training_run.build_prompts(arguments, data, tokenizer)
 
     # 2. model
     engine = load_engine(arguments.train_model_name, tokenizer, **arguments.model_options)
+    check_vocabulary(engine, arguments.train_model_name, data.largest_token)
+    adapter = models.lora_config_for(engine.model)
     keep_rollout = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
     budget = arguments.tokens_per_micro_batch or training_token_budget(engine.model, keep_rollout)
     arguments.tokens_per_micro_batch = budget
@@ -160,7 +159,7 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     run = training_run.TrainingRun("ppo", arguments, task, [data], tokenizer, guard)
     how = f"{arguments.answer_space} answers, {arguments.policy_gradient} policy gradient"
     how += f", advantages by {arguments.advantage}" if arguments.advantage else ""
-    run.announce(shortened + shortened_too, how)
+    run.announce(shortened, how)
 
     # 4. trainer
     reward = rewards.reward_function(
@@ -179,7 +178,7 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
         train_dataset=[{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
         processing_class=tokenizer,
         answer_format=AnswerFormat(task, arguments.use_CoT, arguments.strict_format),
-        peft_config=models.lora_config(),
+        peft_config=adapter,
         compute_metrics=training_run.HeldOutEvaluation(arguments, [data], run.folder, arguments.strict_format),
         on_save=run.save_start_adapter,
         callbacks=run.callbacks,

@@ -12,7 +12,6 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import prompts
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
@@ -132,7 +131,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     from engine import models
-    from engine.loading import load_engine
+    from engine.loading import check_vocabulary, load_engine
     from evaluation.answer_spaces import label_trie
     from training import training_run
     from training.sft_trainer import Finetuner
@@ -143,6 +142,8 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
 
     # 2. model
     engine = load_engine(arguments.train_model_name, tokenizer, **arguments.model_options)
+    check_vocabulary(engine, arguments.train_model_name, max(part.largest_token for part in data))
+    adapter = models.lora_config_for(engine.model)
 
     # 3. run
     run = training_run.TrainingRun("sft", arguments, name_of(arguments, data), data, tokenizer, guard)
@@ -159,7 +160,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
         train_dataset=table,
         eval_dataset=table.select([0]),  # Trainer wants one; `evaluation` has the rows
         processing_class=tokenizer,
-        peft_config=models.lora_config(),
+        peft_config=adapter,
         callbacks=run.callbacks,
         engine=engine,
         evaluate_with=evaluation,
@@ -185,12 +186,12 @@ def dataset(arguments: SFTArguments, data: list[TaskData], tokenizer):
     """
     import datasets
 
+    from training.training_run import build_prompts
+
     tables, shortened = [], 0
     for number, part in enumerate(data):
-        lengths = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
-        built, cut = prompts.build_all(part.task, part.train, tokenizer, **lengths)
-        part.held_out_prompts, cut_too = prompts.build_all(part.task, part.held_out, tokenizer, **lengths)
-        shortened += cut + cut_too
+        built, cut = build_prompts(arguments, part, tokenizer)
+        shortened += cut
         if arguments.loss_on == "label":
             columns = label_columns(arguments, number, part, built)
         else:

@@ -8,6 +8,11 @@ from engine.trees import Tree
 from machine import memory, sharding
 from machine.errors import ModelError
 
+# What configurations call the number of tokens that a model can read: most, GPT-2, MPT, and others.
+LENGTH_LIMITS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx"
+)  # fmt: skip
+
 
 def load_engine(
     name: str,
@@ -24,6 +29,9 @@ def load_engine(
     """
     model = models.load_model(name, from_local, load_in_8bit, trust_remote_code=trust_remote_code)
     check_length(model, name, longest)
+    models.add_tokens(model, tokenizer, name, from_local, trust_remote_code)
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # masked, but it must be a token
+        tokenizer.pad_token = tokenizer.eos_token
     engine = Engine(model, tokenizer)
     try:
         reason = check(engine, longest)
@@ -51,9 +59,30 @@ def load_frozen_engine(
     return engine
 
 
+def may_lack_embeddings(engine: Engine) -> bool:
+    """Whether the tokenizer has tokens that the model has no embeddings for. Often no text ever holds one."""
+    return models.vocabulary_size(engine.tokenizer) > engine.model.get_input_embeddings().num_embeddings
+
+
+def check_vocabulary(engine: Engine, name: str, largest: int) -> None:
+    """ModelError if the model has no embedding for the largest token id of the prompts or their answers."""
+    rows = engine.model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer of {name} gives token {largest} and has {len(engine.tokenizer)} tokens, but the model has "
+            f"embeddings for {rows}: they do not belong together; give a folder with the model's own tokenizer"
+        )
+
+
+def length_limit(config) -> int | None:
+    """How many tokens a model of this configuration can read; None if it does not say."""
+    found = (getattr(config.get_text_config(), name, None) for name in LENGTH_LIMITS)
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
 def check_length(model, name: str, longest: int) -> None:
     """ModelError if a prompt and its answer, of so many tokens together, are more than the model can read."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = length_limit(model.config)
     if limit and longest > limit:
         raise ModelError(
             f"--max_prompt_length and --max_response_length make {longest} tokens, more than the {limit} tokens that "

@@ -16,9 +16,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, LoraModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from engine import adapters, templates
@@ -138,6 +140,26 @@ def load_tokenizer(name: str, from_local: bool = False, trust_remote_code: bool 
     return tokenizer
 
 
+def add_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, from_local: bool, trust_remote_code: bool
+) -> None:
+    """Resize the model for the tokens that an adapter's own tokenizer has more than its base's, if the adapter brought
+    no embeddings for them: nobody knows these any more, so a new token gets the mean of the others."""
+    base, chain = adapter_chain(name, from_local)
+    rows, size = model.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
+    if size <= rows or adapters.tokenizer_folder(chain) is None:
+        return
+    with clear_errors(name), quiet():
+        if size > vocabulary_size(AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)):
+            adapters.resize(model, size)
+            print(f"{name} has {size - rows} tokens without embeddings: they get the mean of all others.")
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def load_model(
     name: str,
     from_local: bool = False,
@@ -197,6 +219,37 @@ def lora_config(**changes) -> LoraConfig:
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
     )
     return LoraConfig(**{**settings, **changes})
+
+
+def lora_config_for(model: PreTrainedModel) -> LoraConfig:
+    """`lora_config` without the layers that peft refuses, which are named in a line. Raises ModelError if none is left.
+
+    Mamba's output projection, say: the model's kernel reads its weights and would never see an adapter on it.
+    """
+    head, config = model.get_output_embeddings(), lora_config()
+    layers = (
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+    )
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    refused = [name for name in names if not _takes_lora(model, config, name)]
+    if names == refused:
+        raise ModelError(
+            f"{model.name_or_path} has no linear layer that LoRA can be put on"
+            + (f" (peft refuses {', '.join(refused)})" if refused else "")
+            + "; choose another --train_model_name"
+        )
+    if refused:
+        print(f"Without an adapter, as peft refuses one there: {', '.join(refused)}.")
+        config = lora_config(exclude_modules=refused)
+    return config
+
+
+def _takes_lora(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:
+    try:
+        LoraModel._check_target_module_compatibility(None, config, model, name)
+    except ValueError:
+        return False
+    return True
 
 
 def save_start_adapter(name: str, from_local: bool, checkpoint: Path) -> None:

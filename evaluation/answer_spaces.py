@@ -1,7 +1,7 @@
 """What may be answered: the label trie, the targets that SFT learns, and when generation stops."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import prompts
@@ -130,6 +130,12 @@ def target_ids(task: Task, row: dict, tokenizer) -> list[int]:
     words = task.words if word in task.words else (word,)  # of a number task not every number is listed
     spelling = spell(words, tokenizer)
     return [*spelling.words[words.index(word)], *spelling.closing, tokenizer.eos_token_id]
+
+
+def largest_token(task: Task, tokenizer, prompts: Iterable[Sequence[int]]) -> int:
+    """The largest token id in these prompts and in what may be answered: the model must have as many embeddings."""
+    spelling = spell(task.words, tokenizer)
+    return max(tokenizer.eos_token_id, *(max(ids, default=0) for ids in (*prompts, *spelling.words, spelling.closing)))
 
 
 def label_of(task: Task, index: int) -> int | float:

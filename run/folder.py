@@ -18,7 +18,7 @@ from typing import IO
 from machine import processes
 from machine.errors import ArgumentError
 from machine.files import UNFINISHED_PREFIX, free_name, write_json
-from run import checkpoints
+from run import checkpoints, prompt_record
 from run.arguments import Arguments, as_dict, run_folder
 from run.history import trim_history
 from tasks import Task
@@ -54,13 +54,19 @@ class Run:
 
 
 def open_run(
-    arguments: Arguments, task: Task | str, train: list[dict], held_out: list[dict], learning_rate: float
+    arguments: Arguments,
+    task: Task | str,
+    train: list[dict],
+    held_out: list[dict],
+    learning_rate: float,
+    prompts: dict | None = None,
 ) -> Run:
     """The folder of a new run, or with `--resume` of an earlier one: best/, history.jsonl and episodes.jsonl are then
     reset to what they were at the checkpoint. run.json has what is needed to run it again.
 
-    Raises ArgumentError if the folder is in use or holds another run, or if the rows are not those that the run began
-    with; DataError if history.jsonl is broken; CheckpointError if no checkpoint can be used.
+    prompts: what run.json keeps of them (prompt_record.py).
+    Raises ArgumentError if the folder is in use or holds another run, or if the rows or the prompts are not those that
+    the run began with; DataError if history.jsonl is broken; CheckpointError if no checkpoint can be used.
     """
     held: list[IO] = []
 
@@ -72,6 +78,7 @@ def open_run(
             "task_version": None if isinstance(task, str) else task.version,
             "data_hash": data_hash(train),
             "held_out_hash": data_hash(held_out),
+            **(prompts or {}),
             "versions": versions(),
             "asked": getattr(arguments, "asked", None),
             "arguments": as_dict(arguments),
@@ -96,10 +103,7 @@ def open_run(
 
 def _resume(arguments: Arguments, folder: Path, now: dict) -> Path | None:
     """Prepare a locked folder for a resume; returns the checkpoint to resume from. now: run.json as of today."""
-    try:
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else now
-    except ValueError as error:
-        raise ArgumentError(f"--resume {folder}: run.json cannot be read ({error})") from error
+    about = prompt_record.read(folder) or now
     _check_rows(folder, about, now)
     stored = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
     changed = {n: v for n, v in as_dict(arguments).items() if n not in LOCATION and v != stored.get(n, v)}
@@ -108,6 +112,7 @@ def _resume(arguments: Arguments, folder: Path, now: dict) -> Path | None:
             f"--start_epoch {changed['start_epoch']}: {folder} began with epoch {stored['start_epoch']} and goes on by "
             "itself; leave --start_epoch out"
         )
+    _check_prompts(folder, about, now, changed)
     named = Path(arguments.resume) if Path(arguments.resume).resolve() != folder.resolve() else None
     checkpoint = checkpoints.checkpoint_to_resume(folder, named)
     step = checkpoints.step_of(checkpoint) if checkpoint else -1
@@ -131,6 +136,16 @@ def _check_rows(folder: Path, before: dict, now: dict) -> None:
                 f"{before[key]} and is {now[key]}); put the data file back as it was, leave out options that choose "
                 "rows, or start a new run"
             )
+
+
+def _check_prompts(folder: Path, before: dict, now: dict, changed: dict) -> None:
+    """ArgumentError unless the prompts are those that the run began with, or other ones were asked for. An earlier
+    program's run.json, which has no record of them, gets one."""
+    kept, found = before.get(prompt_record.PROMPTS), now.get(prompt_record.PROMPTS, {})
+    if kept and not prompt_record.CHANGE_PROMPTS & set(changed):
+        for task in sorted(kept.keys() & found.keys()):
+            prompt_record.check(folder, task, kept[task], found[task])
+    before |= {name: now[name] for name in (prompt_record.PROMPTS, prompt_record.TIME) if name in now}
 
 
 def lock(folder: Path) -> IO:

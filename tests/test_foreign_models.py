@@ -14,16 +14,30 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.tokenization_python import PreTrainedTokenizer
 
 import inference
+import ppo
 import prompts
 import sft
-from engine import models, templates, tokens
+from engine import loading, models, templates, tokens
+from engine.engine import Engine
+from engine.trees import Tree
 from evaluation import answer_spaces
 from machine.errors import ModelError, PromptError
 from tasks.table import TASKS
+from training.ppo_trainer import add_value_head
 
 MR = TASKS["MR"]
 ROW = {"id": 7, "sentence": "Two hours that feel like four.", "label": 1}
@@ -426,3 +440,119 @@ def test_an_adapters_own_tokenizer_and_template_are_used(base, tmp_path):
     word_tokenizer().save_pretrained(later)
     found = models.load_tokenizer(str(later), True)
     assert found.get_vocab() == VOCABULARY and found.chat_template is None
+
+
+# ------------------------------------------------------------------------------------- what a model can read and take
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (LlamaConfig(max_position_embeddings=71), 71),
+        (GPT2Config(n_positions=72), 72),
+        (MptConfig(max_seq_len=73), 73),
+        (PreTrainedConfig(max_sequence_length=74), 74),
+        (PreTrainedConfig(seq_length=75), 75),
+        (PreTrainedConfig(n_ctx=76), 76),
+        (MambaConfig(), None),
+    ],
+)
+def test_the_length_limit_is_found_under_any_name(config, limit):
+    assert loading.length_limit(config) == limit
+
+
+def test_prompts_longer_than_a_model_can_read_are_refused(tmp_path):
+    tiny_model("mpt").save_pretrained(tmp_path)
+    loading.load_engine(str(tmp_path), word_tokenizer(), 128, from_local=True)
+    with pytest.raises(ModelError, match="make 129 tokens, more than the 128 tokens that"):
+        loading.load_engine(str(tmp_path), word_tokenizer(), 129, from_local=True)
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused_where_it_matters(tmp_path, data_root, capsys):
+    """Some models have more tokens than embeddings, and no text is ever given the others."""
+    folder = tmp_path / "model"
+    tokenizer = byte_tokenizer(chat())
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    size = len(tokenizer)
+    for rows, code in ((size - 2, None), (size - 100, 2)):
+        tiny_model(vocab_size=rows, max_position_embeddings=2048).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for script in (inference, sft, ppo):
+            given = dict(task="SST", data_path=data_root, train_model_name=folder, from_local=True, report_to="none")
+            given |= dict(output_dir=tmp_path / f"{script.__name__}-{rows}", eval_size=4, max_prompt_length=1000)
+            given |= {} if script is inference else dict(max_steps=1, batch_sentence_num=2)
+            command = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+            capsys.readouterr()
+            if code is None:
+                script.main(command)
+                continue
+            with pytest.raises(SystemExit) as end:
+                script.main(command)
+            text = capsys.readouterr().err
+            assert end.value.code == code and text.count("\n") == 1 and not given["output_dir"].exists()
+            assert f"has {size} tokens, but the model has embeddings for {rows}" in text
+
+
+def test_tokens_that_an_adapter_added_without_embeddings_get_the_mean(base, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapted = train(tiny_model(), adapter, base)
+    own = word_tokenizer()
+    own.add_tokens(["<extra>", "<more>"])
+    own.save_pretrained(adapter)
+    tokenizer = models.load_tokenizer(str(adapter), True)
+    engine = loading.load_engine(str(adapter), tokenizer, 20, from_local=True)
+    assert f"{adapter} has 2 tokens without embeddings: they get the mean of all others." in capsys.readouterr().out
+    embeddings = engine.model.get_input_embeddings().weight
+    assert len(embeddings) == SIZE + 2
+    torch.testing.assert_close(embeddings[SIZE:], embeddings[:SIZE].mean(0).expand(2, -1))
+    torch.testing.assert_close(engine.model(IDS).logits[..., :SIZE], adapted(IDS).logits, rtol=1e-4, atol=1e-4)
+    # A base's own tokenizer may be larger than the model: that is how it was trained, and nothing is added.
+    own.save_pretrained(tmp_path / "base")
+    tiny_model().save_pretrained(tmp_path / "base")
+    engine = loading.load_engine(str(tmp_path / "base"), own, 20, from_local=True)
+    assert engine.model.get_input_embeddings().num_embeddings == SIZE
+
+
+def tiny_mamba() -> MambaForCausalLM:
+    torch.manual_seed(0)
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=SIZE, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=1, pad_token_id=0)
+    )
+
+
+def test_layers_that_peft_refuses_are_left_out_and_named(capsys):
+    model = tiny_mamba()
+    config = models.lora_config_for(model)
+    assert capsys.readouterr().out == "Without an adapter, as peft refuses one there: out_proj.\n"
+    adapted = {name for name, _ in get_peft_model(model, config).named_parameters() if "lora_A" in name}
+    assert len(adapted) == 6 and not any("out_proj" in name for name in adapted)  # in_proj, x_proj and dt_proj
+
+
+def test_the_usual_models_are_adapted_as_ever(capsys):
+    for kind in ("llama", "gpt2", "neox", "mpt"):
+        assert models.lora_config_for(tiny_model(kind)).to_dict() == models.lora_config().to_dict()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ModelError, match="no linear layer that LoRA can be put on; choose another"):
+        models.lora_config_for(tiny_model(num_hidden_layers=0))
+
+
+def test_the_value_head_is_as_wide_as_the_states_it_reads(tokenizer):
+    """OPT-350m projects its last states to the width of its embeddings."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=SIZE, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2,
+            num_attention_heads=4, dropout=0.0, eos_token_id=1, pad_token_id=0, do_layer_norm_before=False,
+        )
+    ).eval()  # fmt: skip
+    engine = Engine(model, tokenizer)
+    loading.check(engine)
+    add_value_head(model)
+    (states,) = engine.states([[5, 9, 4]], [Tree()])
+    assert states.shape == (1, 16) and model.value_head(states).shape == (1, 1)
+    expected = model(torch.tensor([[5, 9, 4]])).logits[0, -1]
+    torch.testing.assert_close(engine.logits(states)[0], expected, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,8 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import forked
@@ -12,15 +14,18 @@ import torch
 from forked import argv, contents, lines, names, read
 from transformers.trainer_pt_utils import safe_globals
 
+import fewshot
 import ppo
+import prompts
 import sft
 from engine import models
+from evaluation import predictions
 from machine import manifests
 from machine.errors import CheckpointError, DataError, ModelError
-from run import checkpoints
+from run import checkpoints, prompt_record
 from run.folder import lock
 from run.history import append_episodes, append_history, episodes, history, trim_history
-from training import ppo_trainer, sft_trainer
+from training import ppo_trainer, sft_trainer, training_run
 
 STEPS = 3
 SAMPLED = dict(
@@ -304,6 +309,169 @@ def test_episodes_after_the_checkpoint_are_dropped(tmp_path):
     assert (tmp_path / "episodes.jsonl").read_bytes() == whole
 
 
+# ---------------------------------------------------------------------------------------------- the prompts' own date
+
+
+def on(day: datetime, monkeypatch) -> None:
+    """Let runs begin on this day."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return day
+
+    monkeypatch.setattr(prompt_record, "datetime", Clock)
+
+
+@pytest.fixture
+def dated_folder(model_folder, tmp_path) -> Path:
+    """A model whose chat template writes the date into every prompt."""
+    shutil.copytree(model_folder, tmp_path / "dated")
+    template = tmp_path / "dated" / "chat_template.jinja"
+    template.write_text("{{ 'Today: ' + strftime_now('%d %B %Y') + '. ' }}" + template.read_text())
+    return tmp_path / "dated"
+
+
+def take_back(run: Path, step: int) -> None:
+    """Make a finished run one that was cut off after a step."""
+    for path in [run / "summary.json", *checkpoints.checkpoints_of(run)]:
+        if path.name == "summary.json":
+            path.unlink()
+        elif checkpoints.step_of(path) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("script", [ppo, sft], ids=["ppo", "sft"])
+def test_a_resume_on_another_day_asks_the_same(script, dated_folder, data_root, tmp_path, monkeypatch):
+    run, given = tmp_path / "run", dict(max_steps=3, eval_steps=1, save_methods="step", save_freq=1)
+    on(datetime(2023, 4, 5), monkeypatch)
+    script.main(argv(dated_folder, data_root, run, **given))
+    before, about = contents(run), read(run / "run.json")
+    assert (
+        "Today: 05 April 2023. " in (run / "predictions.jsonl").read_text()
+        and about["prompts_time"] == "2023-04-05T00:00:00"
+    )
+    take_back(run, 1)
+    on(datetime(2024, 6, 7), monkeypatch)
+    script.main(["--resume", str(run)])
+    assert contents(run) == before
+    after = read(run / "run.json")
+    assert {name: after[name] for name in ("prompts", "prompts_time")} == {
+        name: about[name] for name in ("prompts", "prompts_time")
+    }
+
+
+def test_prompts_that_changed_are_refused(dated_folder, data_root, tmp_path, capsys, monkeypatch):
+    run, given = tmp_path / "run", dict(max_steps=2, save_methods="step", save_freq=1)
+    ppo.main(argv(dated_folder, data_root, run, **given))
+    take_back(run, 1)
+    template = dated_folder / "chat_template.jinja"
+    before, history_before = template.read_text(), (run / "history.jsonl").read_bytes()
+    template.write_text(before.replace("Today", "Now"))
+    text = stopped(run, capsys, resume=run)
+    assert "the prompts of SST are not those that the run began with" in text
+    assert "the model's chat template has changed" in text and (run / "history.jsonl").read_bytes() == history_before
+    template.write_text(before)
+    with monkeypatch.context() as changed:
+        changed.setitem(prompts.WORDINGS, "SST", replace(prompts.WORDINGS["SST"], question="So ({words}):"))
+        assert "neither the model's chat template nor its vocabulary has changed" in stopped(run, capsys, resume=run)
+    # An earlier program's run.json, which says nothing of prompts.
+    about = read(run / "run.json")
+    (run / "run.json").write_text(json.dumps({k: v for k, v in about.items() if not k.startswith("prompts")}))
+    ppo.main(["--resume", str(run)])
+    assert read(run / "run.json")["prompts"] == about["prompts"] and (run / "summary.json").exists()
+
+
+def test_other_prompts_that_were_asked_for_are_no_fault(dated_folder, data_root, tmp_path):
+    run, given = tmp_path / "run", dict(max_steps=2, save_methods="step", save_freq=1, task="BoolQ")
+    folder = tmp_path / "data" / "SuperGLUE" / "BoolQ"
+    folder.mkdir(parents=True)
+    for name, size in (("train.jsonl", 16), ("val.jsonl", 8)):
+        rows = [
+            {"question": f"is it {i}", "passage": "It is so. " * 60, "idx": i, "label": i % 2 == 0} for i in range(size)
+        ]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ppo.main(argv(dated_folder, tmp_path / "data", run, **given))
+    take_back(run, 1)
+    before = read(run / "run.json")["prompts"]["BoolQ"]
+    ppo.main(["--resume", str(run), "--max_prompt_length", "200"])
+    after = read(run / "run.json")["prompts"]["BoolQ"]
+    assert after["hash"] != before["hash"] and after["chat_template"] == before["chat_template"]
+
+
+def test_answers_that_go_on_another_day_are_to_the_same_prompts(dated_folder, data_root, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    given = dict(task="SST", data_path=data_root, train_model_name=dated_folder, from_local=True, report_to="none",
+                 batch_sentence_num=4, output_dir=run, num_shots=2)  # fmt: skip
+    on(datetime(2023, 4, 5), monkeypatch)
+    fewshot.main([part for name, value in given.items() for part in (f"--{name}", str(value))])
+    whole = (run / "predictions.jsonl").read_text()
+    assert (
+        whole.count("Today: 05 April 2023. ") == 12 and read(run / "run.json")["prompts_time"] == "2023-04-05T00:00:00"
+    )
+
+    def cut_off() -> None:
+        (run / "summary.json").unlink()
+        (run / "predictions.jsonl").rename(run / predictions.UNFINISHED)
+        (run / predictions.UNFINISHED).write_text("".join(whole.splitlines(keepends=True)[:4]))
+
+    on(datetime(2024, 6, 7), monkeypatch)
+    cut_off()
+    fewshot.main(["--resume", str(run)])
+    assert (run / "predictions.jsonl").read_text() == whole
+    cut_off()
+    template = dated_folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("Today", "Now"))
+    text = stopped(run, capsys, fewshot, resume=run)
+    assert "the prompts of SST are not those" in text and "the model's chat template has changed" in text
+    (run / "run.json").unlink()  # as an earlier program left it
+    fewshot.main(["--resume", str(run)])
+    assert read(run / "run.json")["prompts_time"] == "2024-06-07T00:00:00"
+
+
+# ------------------------------------------------------------------------------------------ a run that goes on longer
+
+
+@pytest.mark.parametrize(
+    ("script", "rate"), [(ppo, "policy/learning_rate"), (sft, "train/learning_rate")], ids=["ppo", "sft"]
+)
+def test_more_steps_than_planned_follow_the_new_schedule(script, rate, model_folder, data_root, tmp_path, capsys):
+    run, more = tmp_path / "run", {"warmup_steps": 0} if script is ppo else {}
+    script.main(argv(model_folder, data_root, run, max_steps=2, save_methods="step", save_freq=2, **more))
+    assert [line[rate] for line in lines(run) if rate in line] == [1e-2, 5e-3]
+    capsys.readouterr()
+    script.main(["--resume", str(run), "--max_steps", "4", "--save_freq", "1", "--eval_steps", "1"])
+    assert [line[rate] for line in lines(run) if rate in line] == [1e-2, 5e-3, 5e-3, 2.5e-3]
+    said = capsys.readouterr().out
+    assert "The learning rate follows the new arguments from step 3 of 4: 0.005, where the checkpoint had 0." in said
+    assert {"step-2", "step-3", "step-4"} < names(run)
+    assert [line["step"] for line in lines(run) if "eval/score" in line] == [0, 2, 3, 4]
+
+
+def test_the_same_schedule_is_not_spoken_of(run, capsys):
+    ppo.main(["--resume", str(run)])
+    assert "learning rate follows" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- what is best
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [([0.5, 0.5, 0.5], 2), ([0.5, 0.6, 0.6], 2), ([0.5, 0.7, 0.6], 1), ([0.5, 0.4, 0.4], 0)]
+)
+def test_of_equal_scores_the_later_is_the_best(scores, best, model_folder, data_root, tmp_path, monkeypatch, capsys):
+    answer, given = training_run.HeldOutEvaluation.__call__, iter(scores)
+    monkeypatch.setattr(
+        training_run.HeldOutEvaluation, "__call__", lambda self, engine: answer(self, engine) | {"score": next(given)}
+    )
+    ppo.main(argv(model_folder, data_root, tmp_path / "run", max_steps=2, eval_steps=1))
+    assert manifests.verify(tmp_path / "run" / "best")["step"] == best
+    summary = read(tmp_path / "run" / "summary.json")
+    assert summary["best_step"] == best and summary["metrics"]["best"]["score"] == max(scores)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("Training did not help: every later score is below the 0.500 of step 0") == (best == 0)
+
+
 # ------------------------------------------------------------------------------------------- which checkpoints are kept
 
 
@@ -311,7 +479,8 @@ def test_the_last_checkpoints_and_the_best_are_kept(model_folder, data_root, tmp
     given = dict(max_steps=5, save_methods="step", save_freq=1, save_total_limit=2, eval_steps=1)
     ppo.main(argv(model_folder, data_root, tmp_path / "run", **given))
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["step-4", "step-5"]
-    best = max((line for line in lines(tmp_path / "run") if "eval/score" in line), key=lambda line: line["eval/score"])
+    scored = [line for line in lines(tmp_path / "run") if "eval/score" in line]
+    best = max(scored, key=lambda line: (line["eval/score"], line["step"]))
     assert manifests.verify(tmp_path / "run" / "best")["step"] == best["step"]
 
 

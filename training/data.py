@@ -8,12 +8,15 @@ from training.arguments import TrainArguments
 
 @dataclass
 class TaskData:
-    """One task's training and held-out rows, and the latter's prompts once a tokenizer has built them."""
+    """One task's training and held-out rows; once a tokenizer has built their prompts also the held-out rows' prompts,
+    and of all prompts a hash and the largest token id in them or in the task's labels."""
 
     task: Task
     train: list[dict]
     held_out: list[dict]
     held_out_prompts: list[list[int]] = field(default_factory=list)
+    prompts_hash: str = ""
+    largest_token: int = 0
 
 
 def load_rows(arguments: TrainArguments, task: Task, path: str | None) -> TaskData:

@@ -9,14 +9,15 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+import prompts
 import rewards
-from engine import models
+from engine import models, templates
 from engine.classifier import Classifier
 from engine.engine import Engine
 from evaluation import answer_spaces, predict, predictions, scores
 from evaluation.predictions import Prediction
 from machine import processes
-from run import dashboards
+from run import dashboards, prompt_record
 from run.faults import Guard
 from run.folder import data_hash, folder_of, open_run, write_summary
 from run.history import before_after_table, evaluations, train_seconds
@@ -38,7 +39,21 @@ def load_tokenizer(arguments: TrainArguments, data: list[TaskData]) -> PreTraine
             answer_spaces.label_trie(part.task, tokenizer)
         if notice := answer_spaces.spelling_notice(part.task, tokenizer):
             print(notice)
+    templates.set_time(tokenizer, prompt_record.prompts_time(arguments.resume))
     return tokenizer
+
+
+def build_prompts(
+    arguments: TrainArguments, part: TaskData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], int]:
+    """The prompts of a task's training rows, and how many lost text, of the held-out rows' too. What TaskData has of
+    prompts is filled in. Raises PromptError and ModelError."""
+    lengths = dict(use_CoT=arguments.use_CoT, max_prompt_length=arguments.max_prompt_length)
+    train, shortened = prompts.build_all(part.task, part.train, tokenizer, **lengths)
+    part.held_out_prompts, shortened_too = prompts.build_all(part.task, part.held_out, tokenizer, **lengths)
+    part.prompts_hash = prompt_record.hash_of(train, part.held_out_prompts)
+    part.largest_token = answer_spaces.largest_token(part.task, tokenizer, [*train, *part.held_out_prompts])
+    return train, shortened + shortened_too
 
 
 def trainer_settings(arguments: TrainArguments, folder: Path, rows: int) -> dict:
@@ -161,7 +176,7 @@ class TrainingRun:
         self.method, self.arguments, self.name, self.data, self.guard = method, arguments, name, data, guard
         self.train_rows = [row for part in data for row in part.train]
         held_out = [row for part in data for row in part.held_out]
-        run = open_run(arguments, name, self.train_rows, held_out, arguments.learning_rate)
+        run = open_run(arguments, name, self.train_rows, held_out, arguments.learning_rate, self._prompts(tokenizer))
         self.folder = guard.folder = run.folder
         self.checkpoint = run.checkpoint
         guard.at_exit.append(lambda code: run.close())
@@ -170,6 +185,12 @@ class TrainingRun:
         guard.at_exit += [tracker.close for tracker in trackers]
         self.callbacks: list[TrainerCallback] = [StopCallback(guard), self.progress, *trackers]
         transformers.set_seed(arguments.seed)
+
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> dict:
+        """What run.json keeps of the prompts, if there are any."""
+        time = getattr(tokenizer, "template_time", None)
+        kept = {p.task.name: prompt_record.record(tokenizer, p.prompts_hash) for p in self.data if p.prompts_hash}
+        return {prompt_record.TIME: time.isoformat(), prompt_record.PROMPTS: kept} if time and kept else {}
 
     def announce(self, shortened: int, how: str) -> None:
         """Say what is trained on what. shortened: prompts that lost text. how: the method's own settings."""
@@ -210,7 +231,8 @@ class TrainingRun:
         if not processes.is_main():
             return
         history = evaluations(self.folder)
-        moments = {"before": history[0], "after": history[-1], "best": max(history, key=lambda m: m["score"])}
+        best = max(history, key=lambda moment: (moment["score"], moment["step"]))  # of equal ones the later, as best/
+        moments = {"before": history[0], "after": history[-1], "best": best}
         write_summary(
             self.folder,
             self.method,
@@ -221,7 +243,7 @@ class TrainingRun:
             train_seconds(self.folder),
             data_hash=data_hash(self.train_rows),
             steps=step,
-            best_step=moments["best"]["step"],
+            best_step=best["step"],
             **more,
             **self._details(data_path),
         )
@@ -233,6 +255,11 @@ class TrainingRun:
             f"  bash scripts/{ask or f'inference.sh --task {names} --answer_space {self.arguments.answer_space}'} "
             f"--from_local True --train_model_name {self.folder / 'best'}"
         )
+        if best["step"] == 0 < step:
+            print(
+                f"Training did not help: every later score is below the {best['score']:.3f} of step 0, and best/ holds "
+                "the model as it was then. Train for longer (--max_steps), or with another --learning_rate."
+            )
 
     def _details(self, data_path: str) -> dict:
         """Intervals and confusion counts of the last answers; of several tasks under `details`, by task."""
