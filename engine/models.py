@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, LoraModel
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -231,7 +231,7 @@ def lora_config_for(model: PreTrainedModel) -> LoraConfig:
         name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
     )
     names = sorted({name.rpartition(".")[2] for name in layers})
-    refused = [name for name in names if not _takes_lora(model, config, name)]
+    refused = [name for name in names if not _takes_lora(model, name)]
     if names == refused:
         raise ModelError(
             f"{model.name_or_path} has no linear layer that LoRA can be put on"
@@ -244,9 +244,13 @@ def lora_config_for(model: PreTrainedModel) -> LoraConfig:
     return config
 
 
-def _takes_lora(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:
+def _takes_lora(model: PreTrainedModel, name: str) -> bool:
+    """Whether peft puts LoRA on the model's linear layers of this name: tried on a small layer in their place."""
+    stand_in = nn.Module()
+    stand_in.config = model.config
+    stand_in.add_module(name, nn.Linear(1, 1))
     try:
-        LoraModel._check_target_module_compatibility(None, config, model, name)
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=[name]), stand_in)
     except ValueError:
         return False
     return True

@@ -401,12 +401,15 @@ def test_an_adapter_that_cannot_be_merged_is_refused_by_its_type(config, base, t
     )
 
 
-def test_a_refused_adapter_leaves_nothing_behind(base, tmp_path, data_root, capsys):
-    adapter = tmp_path / "adapter"
-    train(tiny_model(hidden_size=64), adapter, base)
+def test_a_refused_adapter_leaves_nothing_behind(tmp_path, data_root, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_model(vocab_size=260).save_pretrained(base)
+    byte_tokenizer(chat()).save_pretrained(base)
+    train(tiny_model(vocab_size=260, hidden_size=64), adapter, base)
     for script in (inference, sft):
         given = dict(task="SST", data_path=data_root, train_model_name=adapter, from_local=True, report_to="none")
-        given |= dict(output_dir=tmp_path / "run", max_prompt_length=400, eval_size=4)
+        given |= dict(output_dir=tmp_path / "run", max_prompt_length=1000, eval_size=4)
+        capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             script.main([part for name, value in given.items() for part in (f"--{name}", str(value))])
         text = capsys.readouterr().err
