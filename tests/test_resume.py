@@ -334,10 +334,9 @@ def dated_folder(model_folder, tmp_path) -> Path:
 
 def take_back(run: Path, step: int) -> None:
     """Make a finished run one that was cut off after a step."""
-    for path in [run / "summary.json", *checkpoints.checkpoints_of(run)]:
-        if path.name == "summary.json":
-            path.unlink()
-        elif checkpoints.step_of(path) > step:
+    (run / "summary.json").unlink()
+    for path in [run / "best", *checkpoints.checkpoints_of(run)]:
+        if checkpoints.step_of(path) > step:
             shutil.rmtree(path)
 
 
