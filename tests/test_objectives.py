@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, plain_label_log_probs
+from conftest import VOCABULARY, plain_label_log_probs
 from test_ppo_trainer import (
     LONG_WORDS,
     MODES,
@@ -110,7 +110,7 @@ def test_order_one_is_the_expected_reward_to_the_bit(tmp_path, monkeypatch):
 
 
 def closed(words: tuple[str, ...]) -> list[list[int]]:
-    return [[*tokens(word), EOS] for word in words]
+    return [[*tokens(word), VOCABULARY["<unk>"]] for word in words]  # this tokenizer has no token for the closing tag
 
 
 def test_a_high_order_has_the_gradient_of_cross_entropy(tmp_path):
