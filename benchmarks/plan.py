@@ -9,10 +9,14 @@ from benchmarks import report
 
 WORK = Path("benchmarks/.work")
 TRL = {"TRL 0.11.4": ("trl-0.11.4", "trl_0_11_4.py"), "TRL 1.12.0": ("trl-1.12.0", "trl_1_12_0.py")}
+GRPO = "TRL 1.14.0 GRPO"
 LM_EVAL = "lm-eval 0.4.13"
 RESPONSE_LENGTH = 8
 LIKE_FOR_LIKE = ["--answer_space", "free", "--policy_gradient", "sampled", "--repeat_time", "1"]
 LIKE_FOR_LIKE += ["--kl_coef", "0.05", "--max_response_length", str(RESPONSE_LENGTH)]
+GROUP_RESPONSE_LENGTH = 16
+GROUPED = ["--answer_space", "free", "--policy_gradient", "sampled"]
+GROUPED += ["--max_response_length", str(GROUP_RESPONSE_LENGTH)]
 CHOICES = {"own": "negative,positive", "short": " negative, positive"}
 
 
@@ -28,6 +32,8 @@ class Plan:
     batches: tuple[int, ...] = (16,)
     ppo_epochs: tuple[int, ...] = (1, 4)
     micro_batch: int = 4
+    group_prompts: int = 4  # of a step with several answers to each prompt
+    group_answers: int = 16
     share_batches: tuple[int, ...] = (16, 32)
     growing_batches: tuple[int, ...] = (8, 16, 32, 64, 128)
     prompt_lengths: tuple[int, ...] = (128, 256, 512, 1024)
@@ -55,6 +61,8 @@ QUICK = dict(
     batches=(2,),
     ppo_epochs=(1,),
     micro_batch=1,
+    group_prompts=1,
+    group_answers=2,
     share_batches=(2,),
     growing_batches=(2, 4),
     prompt_lengths=(128, 192),
@@ -142,6 +150,40 @@ def cost_jobs(plan: Plan) -> Iterator[Job]:
                 yield Job(program=micro_batched(name, plan), command=(*command, *small), **baseline)
 
 
+def group_jobs(plan: Plan) -> Iterator[Job]:
+    """a: several sampled answers to each prompt, as the sampled recipe of ppo.py has them, against GRPOTrainer."""
+    seed, prompts, answers = plan.seeds[0], plan.group_prompts, plan.group_answers
+    inputs, prepare = training_inputs(seed, plan.steps * prompts)
+    where = dict(
+        benchmark="a",
+        conditions={"prompts": prompts, "answers_per_prompt": answers},
+        seed=seed,
+        data=f"MR, {plan.steps - 1} measured steps after one to warm up, answers of at most {GROUP_RESPONSE_LENGTH} "
+        "tokens",
+        prepare=(prepare,),
+    )
+    own = ("--", "--seed", str(seed), "--max_steps", str(plan.steps), "--eval_size", "2", *GROUPED)
+    own += ("--batch_sentence_num", str(prompts), "--repeat_time", str(answers))
+    for program, more in ((report.SAMPLED, own), (report.SAMPLED_WHOLE, ("--whole_answers", *own))):
+        yield Job(program=program, command=ours("ours_ppo", "--inputs", inputs, *more), **where)
+    theirs = ("--task", "MR", "--seed", str(seed), "--rows", str(plan.steps * prompts))
+    theirs += ("--batch_sentence_num", str(prompts), "--num_generations", str(answers))
+    theirs += ("--micro_batch", str(answers), "--max_completion_length")
+    faster = ("--gradient_checkpointing", "False")
+    for program, more in (
+        (GRPO, (str(GROUP_RESPONSE_LENGTH),)),
+        (f"{GRPO}, no gradient checkpointing", (str(GROUP_RESPONSE_LENGTH), *faster)),
+        (f"{GRPO}, answers of 2 tokens, no gradient checkpointing", ("2", *faster)),
+    ):
+        yield Job(program=program, command=ours("trl_grpo", *theirs, *more), **where)
+
+
+def all_cost_jobs(plan: Plan) -> Iterator[Job]:
+    """a: one answer per prompt, then several."""
+    yield from cost_jobs(plan)
+    yield from group_jobs(plan)
+
+
 def scoring_jobs(plan: Plan) -> Iterator[Job]:
     """b: the same prompts, as text, with and without demonstrations."""
     inputs, training = training_inputs(plan.seeds[0], rows=1)
@@ -224,7 +266,7 @@ def accuracy_jobs(plan: Plan) -> Iterator[Job]:
                 yield Job(program=program, conditions=conditions, command=command, environment=environment, **where)
 
 
-JOBS = {"a": cost_jobs, "b": scoring_jobs, "c": share_jobs, "d": growth_jobs, "e": accuracy_jobs}
+JOBS = {"a": all_cost_jobs, "b": scoring_jobs, "c": share_jobs, "d": growth_jobs, "e": accuracy_jobs}
 
 
 def in_turns(jobs: list[Job], repeats: int) -> list[Job]:

@@ -19,6 +19,7 @@ TITLES = {
 LIKE_FOR_LIKE, DEFAULT, SCORING = "ours, like for like", "ours, default", "ours"
 LESS_MEMORY = "ours, like for like, 512 tokens at once"
 SHORT_ANSWERS, COMPILED = "ours, answers end with the label", "ours, default, compiled"
+SAMPLED, SAMPLED_WHOLE = "ours, sampled", "ours, sampled, whole answers"
 NOTHING = "-"
 HEADER = """# Measurements
 
@@ -149,6 +150,12 @@ COLUMNS: dict[str, dict[str, Callable[[list[dict], dict], str]]] = {
         "response tokens": of("response_tokens", 2),
         "time, like for like = 1": times("seconds_per_sample", LIKE_FOR_LIKE),
         "time, default = 1": times("seconds_per_sample", DEFAULT),
+    },
+    "a answers_per_prompt": {
+        **COST,
+        "response tokens": of("response_tokens", 2),
+        "time, sampled = 1": times("seconds_per_sample", SAMPLED),
+        "time, whole answers = 1": times("seconds_per_sample", SAMPLED_WHOLE),
     },
     "b": {**SCORED, "rate, ours = 1": times("samples_per_second", SCORING), "same answers": same_answers},
     "c": {

@@ -13,7 +13,7 @@ from pathlib import Path
 import tasks
 from evaluation import metrics, predictions
 from machine.files import read_json_lines
-from reporting.results import ADAPTER, FEW_SHOT, METHODS, PPO, SFT, START, ZERO_SHOT, Collection, Result, setup
+from reporting.results import ADAPTER, FEW_SHOT, METHODS, PPO, SFT, START, TRAINED, ZERO_SHOT, Collection, Result, setup
 from run.folder import ROOT, folder_of
 from tasks import Task
 
@@ -26,6 +26,8 @@ NOT_A_SETTING = {
     "do_sample",
     "eval_steps",
     "from_local",
+    "gradient_checkpointing",
+    "micro_batch",
     "num_shots",
     "output_dir",
     "policy_gradient",
@@ -285,7 +287,7 @@ def manner(given: dict) -> list[str]:
 def settings_of(run: Run) -> dict:
     """The arguments that change what is learned or answered, and those of the training before."""
     given = run.arguments
-    if run.method in (SFT, PPO):
+    if run.method in TRAINED:
         settings = {name: value for name, value in given.items() if name not in NOT_A_SETTING}
     else:
         settings = {name: value for name, value in given.items() if name in PROMPTING}

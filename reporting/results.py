@@ -12,10 +12,19 @@ from tasks import Task
 from tasks.labels import label_from_name
 
 START = " (before training)"  # at the end of the name of a run's first evaluation
-ORDER = ZERO_SHOT, FEW_SHOT, SFT, PPO = "zero-shot", "few-shot", "SFT", "PPO"  # the methods in every table
+# The methods in every table.
+ORDER = ZERO_SHOT, FEW_SHOT, SFT, TRL_GRPO, PPO = "zero-shot", "few-shot", "SFT", "TRL GRPO", "PPO"
+TRAINED = SFT, TRL_GRPO, PPO
 ADAPTER = "adapter"
 # By what summary.json calls a method.
-METHODS = {"zero-shot": ZERO_SHOT, "few-shot": FEW_SHOT, "sft": SFT, "ppo": PPO, "trained": ADAPTER}
+METHODS = {
+    "zero-shot": ZERO_SHOT,
+    "few-shot": FEW_SHOT,
+    "sft": SFT,
+    "trl-grpo": TRL_GRPO,  # benchmarks/trl_grpo.py
+    "ppo": PPO,
+    "trained": ADAPTER,
+}
 
 
 class TaskKey(NamedTuple):
