@@ -14,7 +14,6 @@ process inherits the peak memory of the one that starts it.
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import environments, report  # noqa: E402
 from benchmarks.plan import JOBS, QUICK, WORK, Job, Plan, in_turns  # noqa: E402
+from machine import hardware  # noqa: E402
 from machine.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -36,13 +36,8 @@ PROCESS_LIMIT = 4 * 3600  # seconds
 
 def machine() -> dict:
     """What the figures depend on: the processor's name, the number of logical CPUs, and the memory."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].split(":", 1)[1].strip() if names else name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": name, "cpus": os.cpu_count(), "memory_gb": round(memory / 1e9, 1)}
+    return {"cpu": hardware.processor(), "cpus": os.cpu_count(), "memory_gb": round(memory / 1e9, 1)}
 
 
 def busy(seconds: float = 2.0) -> float | None:

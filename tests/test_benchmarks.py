@@ -1,15 +1,19 @@
 """The parts of benchmarks/ that compute without measuring: operations, tables, JSON lines, turns."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
 
+import tasks
 from benchmarks import operations, plan, report
 from benchmarks.common import Clock
 from engine.batches import common_prefix
+from reporting import collect
+from training.sampler import StratifiedSampler
 
 # --------------------------------------------------------------------------------------------------------- operations
 
@@ -287,3 +291,88 @@ def test_all_programs_of_the_cost_benchmark_get_the_same_work():
         assert int(command.get("--steps") or command["--max_steps"]) == 3
         if job.program != report.DEFAULT:
             assert int(command.get("--response_length") or command["--max_response_length"]) == 8
+
+
+def test_several_answers_to_each_prompt_are_compared_in_a_table_of_their_own():
+    jobs = list(plan.group_jobs(make_plan()))
+    assert {json.dumps(job.conditions) for job in jobs} == {'{"prompts": 4, "answers_per_prompt": 16}'}
+    for job in jobs:
+        command = dict(zip(job.command, job.command[1:]))
+        assert command["--seed"] == "0" and command["--batch_sentence_num"] == "4"
+        assert (command.get("--repeat_time") or command["--num_generations"]) == "16"
+        assert command.get("--max_steps", "3") == "3" and command.get("--rows", "12") == "12"
+    figures = dict(response_tokens=2.0, conditions=jobs[0].conditions)
+    text = report.render(
+        [
+            record(report.SAMPLED, seconds_per_sample=0.1, **figures),
+            record(report.SAMPLED_WHOLE, seconds_per_sample=0.2, **figures),
+            record(plan.GRPO, seconds_per_sample=2.0, **figures),
+        ]
+    )
+    row = dict(zip(cells(text, "program"), cells(text, plan.GRPO), strict=True))
+    assert (row["prompts"], row["answers per prompt"]) == ("4", "16")
+    assert (row["time, sampled = 1"], row["time, whole answers = 1"]) == ("20 x", "10 x")
+
+
+# ------------------------------------------------------------------------------------------------------------ TRL GRPO
+
+
+def test_grpo_trains_a_step_and_leaves_runs_that_the_reports_read(tmp_path, model_folder, data_root, capsys):
+    from benchmarks import trl_grpo
+
+    folder = tmp_path / "run"
+    trl_grpo.main(
+        ["--task", "SST", "--data_path", str(data_root), "--from_local", "True"]
+        + ["--train_model_name", str(model_folder), "--output_dir", str(folder), "--rows", "2"]
+        + ["--batch_sentence_num", "2", "--num_generations", "2", "--micro_batch", "2", "--max_completion_length", "2"]
+    )
+    figures = report.last_json(capsys.readouterr().out)
+    assert figures["samples"] == 4 and len(figures["step_seconds"]) == 1 and 1 <= figures["response_tokens"] <= 2
+    found = collect.collect(tmp_path)
+    assert not found.skipped and not found.unfinished
+    results = {result.method: result for result in found.results}
+    assert set(results) == {"TRL GRPO (free)", "TRL GRPO (labels)"}
+    free, masked = results.values()
+    assert free.folder == folder and len(free.answers) == len(masked.answers) == 12
+    assert masked.metrics["invalid_rate"] == 0 and free.samples == 4 and free.memory > 0
+    assert free.settings["learning_rate"] == 1e-6 and "micro_batch" not in free.settings
+    (line,) = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+    assert line["step"] == 1 and -3 <= line["objective/reward"] <= 1
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_grpo_takes_the_rows_in_the_order_of_ppo():
+    from benchmarks import trl_grpo
+
+    rows = [{"id": i, "label": i % 2} for i in range(10)]
+    order = list(islice(StratifiedSampler([0, 1] * 5, 3), 6))
+    assert [row["id"] for row in trl_grpo.rows_in_order(rows, 3, 6)] == order
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--rows", "99"), "--rows 99: there are 48 training rows"),
+        (("--micro_batch", "3"), "--micro_batch 3 must divide"),
+        (("--num_generations", "0"), "--num_generations 0 must be"),
+        (("--task", "no"), "--task no"),
+    ],
+)
+def test_grpo_refuses_sizes_that_do_not_fit_in_one_sentence(options, said, data_root, capsys):
+    from benchmarks import trl_grpo
+
+    with pytest.raises(SystemExit) as stopped:
+        trl_grpo.main(["--task", "SST", "--data_path", str(data_root), *options])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith("trl_grpo.py: error: ") and said in last
+
+
+def test_an_answer_that_trl_cut_off_counts_only_if_it_is_complete():
+    from benchmarks import trl_grpo
+
+    reward = trl_grpo.TaskReward(tasks.get("MR"), eos_token=2)
+    answers = ["positive", "positive", "positive</Judgement>"]
+    # The first one was cut off, so it may be a longer word's beginning.
+    values = reward(completions=answers, completion_ids=[[7], [7, 2], [7, 8, 9]], label=[1, 1, 0], prompts=[])
+    assert values == [-3.0, 1.0, -1.0]
+    assert reward.figures() == {"objective/reward": -1.0, "objective/response_length": 2.0}
