@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.bootstrap import bootstrap_values, intervals
+from evaluation.significance import TINY, two_sided_p
 from reporting.results import PPO, Group, Result, TaskKey
 from tasks import Task
 
 SAMPLES = 10_000  # resamples of a comparison, so that p is no smaller than 0.0002
-TINY = 1e-12  # rounding errors: no difference
 
 
 @dataclass
@@ -115,9 +115,6 @@ def compare(method: Group, baseline: Group, drawn: dict | None = None) -> list[C
     """The paired bootstrap of every official metric's difference between the means over the runs.
 
     Where the rows differ, it is one comparison with the reason.
-
-    p is two-sided: twice the smaller share of resamples in which the difference has the other sign or is 0
-    (Efron and Tibshirani, 1993, chapter 16), with one added to both counts.
     """
     names = dict(method=method.method, baseline=baseline.method, key=method.key)
     reason = different_rows([*method.results, *baseline.results])
@@ -130,9 +127,8 @@ def compare(method: Group, baseline: Group, drawn: dict | None = None) -> list[C
     for metric in method.first.task.metrics:
         differences = drawn[order, id(method)][metric] - drawn[order, id(baseline)][metric]
         means = [np.mean([result.metrics[metric] for result in group.results]) for group in (method, baseline)]
-        shares = [(np.sum(sign * differences <= TINY) + 1) / (SAMPLES + 1) for sign in (1, -1)]
         low, high = (float(q) for q in np.quantile(differences, [0.025, 0.975]))
-        p = min(1.0, 2 * float(min(shares)))
+        p = two_sided_p(differences)
         difference = float(means[0] - means[1])
         rows = len(method.first.answers)
         found.append(Comparison(**names, metric=metric, difference=difference, interval=(low, high), p=p, rows=rows))
