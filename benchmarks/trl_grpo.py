@@ -16,7 +16,7 @@ import contextlib
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -32,9 +32,10 @@ from engine.engine import Engine
 from evaluation import predict, predictions, scores
 from evaluation.answer_spaces import AnswerFormat
 from machine.errors import ArgumentError, clear_errors
-from run.arguments import Parser, get_task
+from run.arguments import get_task
 from run.folder import data_hash, make_folder, write_summary
 from run.history import append_history
+from run.parser import Parser, option
 from run.progress import quiet_trainer
 from tasks import Task, splits
 from training.sampler import StratifiedSampler
@@ -47,22 +48,30 @@ TRL_LEARNING_RATE = GRPOConfig.__dataclass_fields__["learning_rate"].default
 class GRPOArguments:
     """What this program takes; names that ppo.py has too mean the same."""
 
-    task: str = field(default="MR", metadata={"help": "the task's name, as in tasks/table.py"})
-    train_model_name: str = field(default=models.EMBEDDED, metadata={"help": "the embedded model, or a hub name"})
-    from_local: bool = field(default=False, metadata={"help": "True: --train_model_name is a folder"})
-    data_path: str = field(default="", metadata={"help": "a file or folder in place of the one below data/"})
-    output_dir: str = field(default="", metadata={"help": "the run's folder; without one nothing is evaluated"})
-    seed: int = field(default=0, metadata={"help": "of the data's order, the sampling and the adapter's start"})
-    rows: int = field(default=576, metadata={"help": "training rows, each seen once"})
-    batch_sentence_num: int = field(default=16, metadata={"help": "prompts per step"})
-    num_generations: int = field(default=16, metadata={"help": "samples per prompt"})
-    micro_batch: int = field(default=16, metadata={"help": "samples that go through the network at once"})
-    max_completion_length: int = field(default=16, metadata={"help": "tokens of a sampled answer at most"})
-    learning_rate: float = field(default=TRL_LEARNING_RATE, metadata={"help": "of the adapter; default TRL's"})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "TRL's default; False is faster"})
-    eval_size: int = field(default=400, metadata={"help": "held-out rows to evaluate on; 0: all"})
-    max_prompt_length: int = field(default=prompts.MAX_PROMPT_LENGTH, metadata={"help": "tokens"})
-    answer_space: str = field(default="free", init=False)  # of the evaluation that a summary.json is about
+    task: str = option("MR", "run", "task name, as in tasks/table.py")
+    train_model_name: str = option(models.EMBEDDED, "model", "the embedded model, or a hub name")
+    from_local: bool = option(False, "model", "True: --train_model_name is a folder with a whole model")
+    data_path: str = option("", "run", "file or folder in the task's format, in place of the one below data/")
+    output_dir: str = option("", "run", "folder of the run; without one nothing is evaluated")
+    seed: int = option(0, "run", "seed of the data order, the sampling and the adapter's initial weights")
+    rows: int = option(576, "training", "training rows, each seen once")
+    batch_sentence_num: int = option(16, "training", "prompts per step")
+    num_generations: int = option(16, "training", "samples per prompt")
+    micro_batch: int = option(16, "training", "samples per forward pass")
+    max_completion_length: int = option(16, "training", "tokens in a sampled answer")
+    learning_rate: float = option(TRL_LEARNING_RATE, "training", "of the adapter")
+    gradient_checkpointing: bool = option(True, "training", "TRL's default; False is faster and takes more memory")
+    max_prompt_length: int = option(
+        prompts.MAX_PROMPT_LENGTH, "answers", "tokens in a prompt; the passage of a longer one is truncated"
+    )
+    eval_size: int = option(400, "evaluation and saving", "held-out rows to evaluate on; 0: all")
+
+
+@dataclass
+class Answered(GRPOArguments):
+    """The arguments as a summary.json has them: with the answer space of its evaluation."""
+
+    answer_space: str = option("free", "answers", "labels or free")
 
 
 class StepCallback(TrainerCallback):
@@ -182,7 +191,6 @@ def evaluate(
     engine.check()
     for space, place in (("free", folder), ("labels", folder / "labels")):
         place.mkdir(exist_ok=True)
-        arguments.answer_space = space
         found = predict.predict(engine, AnswerFormat(task), prompt_ids, space, ANSWER_TOKENS)
         predictions.write(place, task, rows, prompt_ids, found, tokenizer, first=False)
         figures = scores.score(task, rows, found)
@@ -191,7 +199,7 @@ def evaluate(
             place,
             "trl-grpo",
             task,
-            arguments,
+            Answered(**asdict(arguments), answer_space=space),
             {"after": {"step": trainer.state.global_step, **figures}},
             data_hash=data_hash(train),
             held_out_hash=data_hash(rows),
@@ -247,7 +255,7 @@ def run(arguments: GRPOArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(GRPOArguments, description=__doc__.splitlines()[0], prog="trl_grpo.py", allow_abbrev=False)
+    parser = Parser(GRPOArguments, __doc__.splitlines()[0], prog="trl_grpo.py")
     arguments = GRPOArguments(**vars(parser.parse_args(argv)))
     with clear_errors("trl_grpo.py"):
         run(arguments)
