@@ -27,7 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import prompts
 import rewards
-from engine import models
+from engine import loading, models
 from engine.engine import Engine
 from evaluation import predict, predictions, scores
 from evaluation.answer_spaces import AnswerFormat
@@ -188,7 +188,7 @@ def evaluate(
     tokenizer = trainer.processing_class
     prompt_ids, _ = prompts.build_all(task, rows, tokenizer, max_prompt_length=arguments.max_prompt_length)
     engine = Engine(trainer.model.eval(), tokenizer)
-    engine.check()
+    loading.check(engine, arguments.max_prompt_length + ANSWER_TOKENS)
     for space, place in (("free", folder), ("labels", folder / "labels")):
         place.mkdir(exist_ok=True)
         found = predict.predict(engine, AnswerFormat(task), prompt_ids, space, ANSWER_TOKENS)
