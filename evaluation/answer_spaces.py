@@ -134,7 +134,7 @@ def target_ids(task: Task, row: dict, tokenizer) -> list[int]:
 
 def largest_token(task: Task, tokenizer, prompts: Iterable[Sequence[int]]) -> int:
     """The largest token id in these prompts and in what may be answered: the model must have as many embeddings."""
-    spelling = spell(task.words, tokenizer)
+    spelling = spell(task.words, tokenizer) if task.words else Spelling((), (), False)
     return max(tokenizer.eos_token_id, *(max(ids, default=0) for ids in (*prompts, *spelling.words, spelling.closing)))
 
 

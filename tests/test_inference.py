@@ -67,7 +67,7 @@ def test_the_script_runs_and_leaves_predictions_and_a_summary(model_folder, data
     for said in ("95% interval", "majority class", "accuracy", "invalid_rate", "gold \\ answer"):
         assert said in result.stdout
     assert {path.name for path in output.iterdir()} == {
-        ".lock", "arguments.json", "predictions.jsonl", "summary.json", "tensorboard"
+        ".lock", "arguments.json", "predictions.jsonl", "run.json", "summary.json", "tensorboard"
     }  # fmt: skip
     found = lines(output)
     tokenizer = models.load_tokenizer(str(model_folder), True)
@@ -93,7 +93,7 @@ def test_the_script_runs_and_leaves_predictions_and_a_summary(model_folder, data
 def test_a_suite_has_a_folder_per_task_and_a_score(model_folder, tmp_path, capsys):
     output = answer(model_folder, tmp_path / "run", "--task", "GLUE")
     names = [task.name for task in tasks.suite("GLUE")]
-    assert {path.name for path in output.iterdir()} == {*names, ".lock", "arguments.json", "GLUE.json"}
+    assert {path.name for path in output.iterdir()} == {*names, ".lock", "arguments.json", "run.json", "GLUE.json"}
     counted = {n: summary(output / n)["metrics"]["after"] for n in names if tasks.get(n).in_suite_score}
     score = json.loads((output / "GLUE.json").read_text())["score"]
     assert score == pytest.approx(metrics.suite_score("GLUE", counted))
