@@ -25,6 +25,7 @@ class Greedy:
         self.pieces = ["<eos>", *TAGS, *pieces, *(chr(c) for c in range(32, 127)), "\n", start or "\0"]
         self.start, self.append_eos = start, append_eos
         self.eos_token_id = self.pad_token_id = 0
+        self.sep_token_id = self.bos_token_id = self.cls_token_id = None
         self.chat_template, self.added_tokens_decoder, self.unk_token_id = None, {}, None
 
     def __len__(self) -> int:
