@@ -6,6 +6,7 @@
 What is left at its default follows RECIPES, which RESULTS.md gives the reasons for.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from run import faults
 from run.arguments import get_task, one_of, parse
 from run.parser import option
 from tasks import splits
+from training import reward_functions
 from training.arguments import (
     ADVANTAGES,
     GROUP_ADVANTAGES,
@@ -69,6 +71,8 @@ class PPOArguments(TrainArguments):
     reward_wrong: float = option(-1.0, "PPO", "reward of a wrong answer")
     reward_invalid: float = option(-3.0, "PPO", "reward of an answer that does not parse")
     reward_number: float = option(2.5, "PPO", "STS-B: reward of the exact number; the distance is subtracted")
+    reward: str = option("", "PPO", "functions in place of the task's reward: file.py:function,package.module:function")
+    reward_weights: str = option("", "PPO", "weights such as 1,0.5: of the task's reward, then of each of --reward")
     strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
 
 
@@ -94,6 +98,7 @@ def check(arguments: PPOArguments) -> None:
         not_negative=("kl_coef", "kl_target", "entropy_coef", "entropy_end", "value_coef", "warmup_steps"),
     )
     check_objective(arguments)
+    arguments.reward = reward_functions.check(arguments.reward, arguments.reward_weights)
     if arguments.batch_sentence_num % arguments.num_minibatches:
         raise ArgumentError(
             f"--batch_sentence_num {arguments.batch_sentence_num} cannot be divided into --num_minibatches "
@@ -130,10 +135,31 @@ def main(argv: list[str] | None = None) -> None:
         task = get_task(arguments.task)
         data = load_rows(arguments, task, splits.task_path(task, arguments.data_path))
         check_batch(arguments, len(data.train), task.name)
-        train(arguments, data, guard)
+        train(arguments, data, load_rewards(arguments, data), guard)
 
 
-def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
+def load_rewards(arguments: PPOArguments, data: TaskData) -> list[Callable]:
+    """The functions that judge answers: those of --reward, or the task's own; with --reward_weights both.
+
+    Raises ArgumentError. A resume compares the files of --reward with those that the run began with.
+    """
+    given = reward_functions.load(arguments.reward, ["ended", "prompt_ids", *data.train[0]])
+    arguments.reward_files = reward_functions.file_hashes(arguments.reward, given)
+    if given and not arguments.reward_weights:
+        return given
+    of_task = rewards.reward_function(
+        data.task,
+        arguments.reward_correct,
+        arguments.reward_wrong,
+        arguments.reward_invalid,
+        arguments.reward_number,
+        arguments.strict_format,
+        arguments.use_CoT,
+    )
+    return [of_task, *given]
+
+
+def train(arguments: PPOArguments, data: TaskData, reward_funcs: list[Callable], guard: faults.Guard) -> None:
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     from engine import models
@@ -162,18 +188,9 @@ def train(arguments: PPOArguments, data: TaskData, guard: faults.Guard) -> None:
     run.announce(shortened, how)
 
     # 4. trainer
-    reward = rewards.reward_function(
-        task,
-        arguments.reward_correct,
-        arguments.reward_wrong,
-        arguments.reward_invalid,
-        arguments.reward_number,
-        arguments.strict_format,
-        arguments.use_CoT,
-    )
     trainer = PPOTrainer(
         model=engine.model,
-        reward_funcs=reward,
+        reward_funcs=reward_funcs,
         args=trainer_config(arguments, run.folder, len(data.train)),
         train_dataset=[{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
         processing_class=tokenizer,
@@ -218,6 +235,7 @@ def trainer_config(arguments: PPOArguments, folder: Path, rows: int):
         entropy_end=arguments.entropy_end,
         value_coef=arguments.value_coef,
         value_learning_rate=arguments.value_learning_rate,
+        reward_weights=reward_functions.weights_of(arguments.reward_weights),
     )
 
 

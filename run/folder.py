@@ -80,6 +80,7 @@ def open_run(
             "held_out_hash": data_hash(held_out),
             **(prompts or {}),
             "versions": versions(),
+            "reward_files": getattr(arguments, "reward_files", {}),
             "asked": getattr(arguments, "asked", None),
             "arguments": as_dict(arguments),
             "resumed": [],
@@ -105,6 +106,7 @@ def _resume(arguments: Arguments, folder: Path, now: dict) -> Path | None:
     """Prepare a locked folder for a resume; returns the checkpoint to resume from. now: run.json as of today."""
     about = prompt_record.read(folder) or now
     _check_rows(folder, about, now)
+    _check_reward_files(folder, about.get("reward_files", {}), now["reward_files"])
     stored = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
     changed = {n: v for n, v in as_dict(arguments).items() if n not in LOCATION and v != stored.get(n, v)}
     if "start_epoch" in changed:
@@ -120,6 +122,7 @@ def _resume(arguments: Arguments, folder: Path, now: dict) -> Path | None:
     checkpoints.clear_up(folder, step)
     name = checkpoint.name if checkpoint else None
     about["resumed"].append({"from": name, "time": now["started"], "changed": changed, "versions": now["versions"]})
+    about["reward_files"] = now["reward_files"]
     if changed:
         about["asked"] = None  # the first command no longer describes this run
     write_json(folder / "run.json", about)
@@ -146,6 +149,16 @@ def _check_prompts(folder: Path, before: dict, now: dict, changed: dict) -> None
         for task in sorted(kept.keys() & found.keys()):
             prompt_record.check(folder, task, kept[task], found[task])
     before |= {name: now[name] for name in (prompt_record.PROMPTS, prompt_record.TIME) if name in now}
+
+
+def _check_reward_files(folder: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """ArgumentError if a reward function's file is not as it was. Another `--reward` may be given."""
+    for name, digest in now.items():
+        if before.get(name, digest) != digest:
+            raise ArgumentError(
+                f"--resume {folder}: the file of --reward {name} is not the one that the run began with (its SHA-256 "
+                f"was {before[name][:16]} and is {digest[:16]}); put it back as it was, or start a new run"
+            )
 
 
 def lock(folder: Path) -> IO:

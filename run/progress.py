@@ -112,7 +112,8 @@ class RunCallback(TrainerCallback):
 
 
 def episode_record(episode: dict, task: Task, tokenizer) -> dict:
-    """An episode as people read it: the row's id, prompt without special tokens, answer, gold answer and reward."""
+    """An episode as people read it: the row's id, prompt without special tokens, answer, gold answer and reward; under
+    `extra` what reward functions say of it, if they do."""
     task, row = episode.get("task", task), episode["row"]
     return {
         "id": row["id"],
@@ -120,6 +121,7 @@ def episode_record(episode: dict, task: Task, tokenizer) -> dict:
         "answer": episode["answer"],
         "gold": str(row["label"]) if task.number or row["label"] is None else task.words[row["label"]],
         "reward": episode["reward"],
+        **({"extra": episode["extra"]} if "extra" in episode else {}),
     }
 
 

@@ -32,8 +32,10 @@ def expected_step(step: Step) -> float:
     texts = step.trainer.label_texts
 
     # 2. rewards of all labels
-    flat = step.rewards(list(texts) * len(step.rows), [row for row in step.rows for _ in texts])
-    label_rewards = torch.tensor(flat).view(len(step.rows), len(texts))
+    count, rows = len(texts), len(step.rows)
+    places = [place for place in range(rows) for _ in texts]
+    flat = step.rewards(list(texts) * rows, step.trainer.label_ids * rows, places, [True] * (count * rows))
+    label_rewards = torch.tensor(flat).view(rows, count)
     rewards = step.engine.to_device(label_rewards)
 
     # 3. KL: the reference's log-probabilities
@@ -45,10 +47,8 @@ def expected_step(step: Step) -> float:
     # 6. log
     log(step, table, sums)
     words = step.trainer.label_words
-    step.episodes = [
-        {"prompt": prompt, "answer": words[best], "reward": float(of_labels[best]), "row": row}
-        for prompt, best, of_labels, row in zip(step.prompts, table.old.argmax(-1).tolist(), label_rewards, step.rows)
-    ]
+    for place, best in enumerate(table.old.argmax(-1).tolist()):
+        step.keep_episode(place, words[best], float(label_rewards[place, best]), place * count + best)
     return sums["loss"] / passes(step)
 
 

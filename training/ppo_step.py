@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from machine import processes
-from machine.errors import TrainingError
+from training import reward_functions
 
 if TYPE_CHECKING:
     from training.ppo_trainer import PPOTrainer
@@ -36,7 +36,8 @@ class Step:
         generator: of the draws of this step, the same in all processes.
         kl_coef, entropy_coef: of this step.
         metrics: what the dashboards show of the step.
-        episodes: its answers, for people: prompt, answer, reward, row.
+        episodes: its answers, for people: prompt, answer, reward, row, and `extra` if there is any.
+        extra: per completion that was judged, what reward functions said of it for people; empty if nothing.
     """
 
     def __init__(self, trainer: PPOTrainer, rows: list[dict]):
@@ -47,6 +48,7 @@ class Step:
         self.kl_coef, self.entropy_coef = trainer.kl_coef, trainer.entropy_coef
         self.metrics: dict[str, float] = {}
         self.episodes: list[dict] = []
+        self.extra: list[dict] = []
 
     @property
     def measured(self) -> int:
@@ -55,24 +57,57 @@ class Step:
         sample = max(1, count * processes.count() // KL_SHARE)
         return count if self.args.kl_coef else min(max(sample - self.row_offset, 0), count)
 
-    def rewards(self, completions: list[str], rows: list[dict]) -> list[float]:
-        """One reward per completion, the sum of all reward functions'. rows: each completion's columns.
+    def rewards(
+        self, completions: list[str], completion_ids: list[list[int]], places: list[int], ended: list[bool]
+    ) -> list[float]:
+        """One reward per completion: the weighted sum over all reward functions that have an opinion of it, else 0.
 
-        TrainingError for a function that raises, or does not return one finite number each.
+        completion_ids: tokens. places: each completion's prompt, as a place in `prompts`. ended: by the model itself;
+        a column beside those of the dataset. TrainingError for a function that fails (see reward_functions.ask).
         """
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "completions"}
-        totals = [0.0] * len(completions)
-        for function in self.trainer.reward_funcs:
-            name = getattr(function, "__name__", function)
-            with self.trainer.named_failure(f"the reward function {name}"):
-                values = function(completions=completions, **columns)
-            if len(values) != len(completions) or not all(math.isfinite(v) for v in values):
-                raise TrainingError(
-                    f"the reward function {name} must return one finite number per completion; "
-                    f"it returned {len(values)} for {len(completions)}: {values[:5]}"
-                )
-            totals = [a + b for a, b in zip(totals, values)]
-        return totals
+        trainer = self.trainer
+        extra: dict[str, list] = {}
+        metrics: dict[str, list[float]] = {}
+
+        def log_extra(column: str, values: list) -> None:
+            if len(values) != len(completions):
+                raise ValueError(f"log_extra({column!r}) was given {len(values)} values for {len(completions)} answers")
+            extra[column] = [value if isinstance(value, str | int | float | None) else str(value) for value in values]
+
+        prompts = [trainer.prompt_text(row) for row in self.rows]
+        columns = [name for name in self.rows[0] if name not in reward_functions.NOT_COLUMNS]
+        given = {
+            **{name: [self.rows[place][name] for place in places] for name in columns},
+            "ended": ended,
+            "prompts": [prompts[place] for place in places],
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "trainer_state": trainer.state,
+            "log_extra": log_extra,
+            "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
+        }
+        found = reward_functions.ask(trainer.reward_funcs, given, trainer.named_failure)
+        self.extra = [dict(zip(extra, values)) for values in zip(*extra.values())]
+        self.log_means(metrics)
+        totals = reward_functions.combine(found, trainer.reward_weights)
+        if None in totals and not trainer.warned_of_abstention:
+            trainer.warned_of_abstention = True
+            text = completions[totals.index(None)]
+            print(f"No reward function has an opinion of the answer {text!r}; such answers have a reward of 0.")
+        return [0.0 if total is None else total for total in totals]
+
+    def log_means(self, metrics: dict[str, list[float]]) -> None:
+        """Log the means of what reward functions measured, over all processes."""
+        parts = processes.all_gather([metrics]) if processes.count() > 1 else [metrics]
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values = [value for part in parts for value in part.get(name, [])]
+            self.metrics[f"objective/reward/{name}"] = sum(values) / len(values)
+
+    def keep_episode(self, place: int, answer: str, reward: float, completion: int) -> None:
+        """Keep an answer for people. place: its prompt's. completion: its number among those that `rewards` judged."""
+        episode = {"prompt": self.prompts[place], "answer": answer, "reward": reward, "row": self.rows[place]}
+        extra = {"extra": self.extra[completion]} if self.extra else {}
+        self.episodes.append(episode | extra)
 
     def is_correct(self, text: str, ended: bool, row: dict) -> bool | None:
         """Whether an answer gives the row's label; None for a row without one."""

@@ -66,6 +66,7 @@ class PPOConfig(TrainingArguments):
     value_learning_rate: float = field(default=1e-3, metadata={"help": "of the value head"})
     gamma: float = field(default=1.0, metadata={"help": "discount"})
     lam: float = field(default=1.0, metadata={"help": "GAE's lambda"})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "of the reward functions; None: all 1"})
     tokens_per_micro_batch: int = field(default=1024, metadata={"help": "tokens that go through the network at once"})
 
     def __post_init__(self):
@@ -82,8 +83,8 @@ class PPOTrainer(RunTrainer, Trainer):
     Args:
         model: a causal language model; with `peft_config` an adapter is put on it, and the model without the adapter
             is the reference.
-        reward_funcs: one or several functions `(completions: list[str], **columns) -> list[float]` (TRL's signature);
-            their rewards add up. A column `ended` says which answers the model ended itself.
+        reward_funcs: one or several functions, called as TRL calls them (see reward_functions.py); a column `ended`
+            says which answers the model ended itself. Their rewards, times `args.reward_weights`, add up.
         args: PPOConfig.
         train_dataset: rows with `prompt_ids` (token ids) or `prompt` (text), and the columns that the rewards need.
             Of rows with a `label` the accuracy is logged, and every batch has the whole data's share of each label.
@@ -116,6 +117,10 @@ class PPOTrainer(RunTrainer, Trainer):
     ):
         check(args, answer_format)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward functions")
+        self.warned_of_abstention = False  # said once in a run
         self.answer_format, self.label_words = answer_format, answer_format.task.words
         self.label_texts = tuple(word + JUDGEMENT_END for word in self.label_words)  # as the rewards judge them
         self.evaluation, self.on_save = compute_metrics, on_save
@@ -138,6 +143,7 @@ class PPOTrainer(RunTrainer, Trainer):
         self.engine.start_training(model, args.tokens_per_micro_batch)
         self.engine.shared_length = common_prefix([self.prompt_ids(row) for row in train_dataset])
         masked = args.answer_space == "labels"
+        self.label_ids = self.token_ids(list(self.label_texts))
         self.policy = Policy(
             self.engine,
             model.value_head,
@@ -207,6 +213,17 @@ class PPOTrainer(RunTrainer, Trainer):
         if "prompt_ids" in row:
             return list(row["prompt_ids"])
         return encode(self.processing_class, [row["prompt"]])[0]
+
+    def prompt_text(self, row: dict) -> str:
+        """The text of a row's prompt, with its special tokens."""
+        if "prompt" in row:
+            return row["prompt"]
+        return self.processing_class.decode(row["prompt_ids"], clean_up_tokenization_spaces=False)
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts that no prompt begins."""
+        spelled = {text: encode_part(self.processing_class, text) for text in set(texts)}
+        return [spelled[text] for text in texts]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's PPO metrics to Trainer's own, under the names of the dashboards."""

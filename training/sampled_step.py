@@ -62,8 +62,7 @@ def sampled_step(step: Step) -> float:
     rollout = roll_out(step)
 
     # 2. rewards
-    rows = [{**step.rows[p], "ended": answer.ended} for p, answer in rollout.answers]
-    scores = step.rewards([answer.text for _, answer in rollout.answers], rows)
+    scores = judge(step, rollout)
 
     # 3. KL
     kl = kl_to_reference(step, rollout)
@@ -120,6 +119,18 @@ def sample(step: Step) -> tuple[list[Tree], list[list[Answer]], list[torch.Tenso
         return classify(step.engine, step.prompts, sampling, trie, trainer.label_texts, keep=keep)
     link = judgement_link(step.engine.tokenizer)
     return generate_then_classify(step.engine, step.prompts, sampling, trie, trainer.label_texts, link, keep=keep)
+
+
+# -------------------------------------------------------------------------------------------------------------- rewards
+
+
+def judge(step: Step, rollout: Rollout) -> list[float]:
+    """The reward of every answer."""
+    places, answers = zip(*rollout.answers)
+    texts = [answer.text for answer in answers]
+    # Of a label only the tokens that were a choice are kept, so its text is tokenized.
+    spelled = step.trainer.token_ids(texts) if step.policy.trie is not None else [answer.tokens for answer in answers]
+    return step.rewards(texts, spelled, list(places), [answer.ended for answer in answers])
 
 
 # ------------------------------------------------------------------------------------------------------- KL, advantages
@@ -278,10 +289,9 @@ def losses(
 def log_answers(step: Step, rollout: Rollout, scores: list[float], entropy: float) -> None:
     """What was answered and what it earned, over all processes."""
     about = []
-    for (p, answer), score in zip(rollout.answers, scores):
-        row = step.rows[p]
-        step.episodes.append({"prompt": step.prompts[p], "answer": answer.text, "reward": score, "row": row})
-        correct = step.is_correct(answer.text, answer.ended, row)
+    for number, ((p, answer), score) in enumerate(zip(rollout.answers, scores)):
+        step.keep_episode(p, answer.text, score, number)
+        correct = step.is_correct(answer.text, answer.ended, step.rows[p])
         about.append((score, answered(step, answer), len(answer.tokens), correct))
     all_scores, words, lengths, correct = zip(*processes.all_gather(about))
     step.log(
