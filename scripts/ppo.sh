@@ -53,6 +53,8 @@ options=(
     # --reward_wrong -1.0             # reward of a wrong answer
     # --reward_invalid -3.0           # reward of an answer that does not parse
     # --reward_number 2.5             # STS-B: reward of the exact number; the distance is subtracted
+    # --reward my_rewards.py:f        # functions in place of the task's reward: file.py:function,package.module:function
+    # --reward_weights 1,0.5          # weights such as 1,0.5: of the task's reward, then of each of --reward
     # --- answers
     # --model_temperature 1.0         # sampling temperature
     # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated

@@ -87,13 +87,13 @@ def ask(functions: Sequence[Callable], given: dict, failing: Failing) -> list[li
         return await asyncio.gather(*(one(functions[i]) for i in waiting))
 
     if waiting:
-        answers = asyncio.run_coroutine_threadsafe(all_of_them(), _event_loop(os.getpid())).result()
+        answers = asyncio.run_coroutine_threadsafe(all_of_them(), event_loop(os.getpid())).result()
         found |= zip(waiting, answers)
     return [found[i] for i in range(len(functions))]
 
 
 @functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+def event_loop(process: int) -> asyncio.AbstractEventLoop:
     """The loop that awaits asynchronous functions, in a thread of its own. It is one for the whole run, so that a
     function may keep a connection open. process: a fork has none of its parent's threads."""
     loop = asyncio.new_event_loop()
