@@ -71,7 +71,7 @@ class PPOArguments(TrainArguments):
     reward_wrong: float = option(-1.0, "PPO", "reward of a wrong answer")
     reward_invalid: float = option(-3.0, "PPO", "reward of an answer that does not parse")
     reward_number: float = option(2.5, "PPO", "STS-B: reward of the exact number; the distance is subtracted")
-    reward: str = option("", "PPO", "functions in place of the task's reward: file.py:function,package.module:function")
+    reward: str = option("", "PPO", "functions in place of the task's reward: file.py:function, or several")
     reward_weights: str = option("", "PPO", "weights such as 1,0.5: of the task's reward, then of each of --reward")
     strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from engine.batches import common_prefix
 from engine.engine import Engine
-from engine.tokens import encode
+from engine.tokens import encode, encode_part
 from engine.trees import LabelTrie
 from evaluation.answer_spaces import AnswerFormat, label_trie
 from machine import processes
