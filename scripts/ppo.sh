@@ -53,7 +53,7 @@ options=(
     # --reward_wrong -1.0             # reward of a wrong answer
     # --reward_invalid -3.0           # reward of an answer that does not parse
     # --reward_number 2.5             # STS-B: reward of the exact number; the distance is subtracted
-    # --reward my_rewards.py:f        # functions in place of the task's reward: file.py:function,package.module:function
+    # --reward my_rewards.py:f        # functions in place of the task's reward: file.py:function, or several
     # --reward_weights 1,0.5          # weights such as 1,0.5: of the task's reward, then of each of --reward
     # --- answers
     # --model_temperature 1.0         # sampling temperature
