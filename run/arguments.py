@@ -42,7 +42,8 @@ class Arguments:
     data_path: str = option("", "run", "file or folder in the task's format, in place of the one below data/")
     batch_sentence_num: int = option(32, "run", "prompts per step")
     model_temperature: float = option(1.0, "answers", "sampling temperature")
-    load_in_8bit: bool = option(False, "model", "True: 8-bit weights of the base model (needs CUDA and bitsandbytes)")
+    load_in_8bit: bool = option(False, "model", "True: the base model's linear layers with 8-bit weights")
+    load_in_4bit: bool = option(False, "model", "True: with 4-bit weights (NF4, as QLoRA)")
     trust_remote_code: bool = option(False, "model", "True: run the Python code that comes with the model")
     max_prompt_length: int = option(
         MAX_PROMPT_LENGTH, "answers", "tokens in a prompt; the passage of a longer one is truncated"
@@ -61,7 +62,7 @@ class Arguments:
         return dict(
             longest=self.max_prompt_length + self.max_response_length,
             from_local=self.from_local,
-            load_in_8bit=self.load_in_8bit,
+            bits=8 if self.load_in_8bit else 4 if self.load_in_4bit else 0,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -154,11 +155,7 @@ def _check_common(arguments: Arguments) -> None:
     )
     check_not_negative(arguments, ("eval_size", "max_response_length"))
     one_of("report_to", arguments.report_to, REPORT_TO)
-    if arguments.load_in_8bit and processes.LAUNCHED_FOR in processes.SHARDING:
-        raise ArgumentError(
-            f"--load_in_8bit True: {processes.LAUNCHED_FOR} cannot shard 8-bit weights; leave it at False, or use "
-            "scripts/accelerate/processes.yaml"
-        )
+    _check_bits(arguments)
     if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
         raise ArgumentError(
             f"--report_to {arguments.report_to} needs that package: pip install {arguments.report_to}; or give none"
@@ -166,6 +163,23 @@ def _check_common(arguments: Arguments) -> None:
     if "{task}" not in arguments.train_model_name:  # inference.py looks for each of several models
         check_folder(arguments.train_model_name, arguments.from_local)
     arguments.max_response_length = arguments.max_response_length or (96 if arguments.use_CoT else 16)
+
+
+def _check_bits(arguments: Arguments) -> None:
+    """ArgumentError for quantized weights that cannot be had."""
+    bits = [number for number in (8, 4) if getattr(arguments, f"load_in_{number}bit")]
+    if len(bits) > 1:
+        raise ArgumentError("--load_in_8bit True and --load_in_4bit True exclude each other; give one of them")
+    for number in bits:
+        if processes.LAUNCHED_FOR in processes.SHARDING:
+            raise ArgumentError(
+                f"--load_in_{number}bit True: {processes.LAUNCHED_FOR} cannot shard {number}-bit weights; leave it at "
+                "False, or use scripts/accelerate/processes.yaml"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ArgumentError(
+                f"--load_in_{number}bit True needs the package bitsandbytes: pip install bitsandbytes; or give False"
+            )
 
 
 def _check_types(arguments: Arguments) -> None:

@@ -26,7 +26,8 @@ options=(
     # --resume model/run              # folder of the run to continue, from its last checkpoint
     # --config run.yaml               # YAML file with any of these options; the command line overrides it
     # --- model
-    # --load_in_8bit False            # True: 8-bit weights of the base model (needs CUDA and bitsandbytes)
+    # --load_in_8bit False            # x
+    # --load_in_4bit False            # x
     # --trust_remote_code False       # True: run the Python code that comes with the model
     # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
     # --- training

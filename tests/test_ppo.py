@@ -454,12 +454,6 @@ def test_a_bad_option_ends_with_one_sentence(options, parts, run_ppo, tmp_path, 
     assert not names(tmp_path)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="8-bit weights work with a CUDA card")
-def test_eight_bits_need_a_card(run_ppo, tmp_path, capsys):
-    expect_error(capsys, run_ppo, "--load_in_8bit True", "CUDA", output_dir=tmp_path / "run", load_in_8bit=True)
-    assert not names(tmp_path)
-
-
 BAD_FILES = {
     "columns": (b"sentence\tlabel\na film \t1\na\tfilm \t0\n", ["train.tsv", "3"]),
     "label": (b"sentence\tlabel\na film \t1\nno film \t2\n", ["train.tsv", "3", "2"]),
