@@ -24,8 +24,8 @@ options=(
     # --resume model/run              # folder of the run to continue, from its last checkpoint
     # --config run.yaml               # YAML file with any of these options; the command line overrides it
     # --- model
-    # --load_in_8bit False            # x
-    # --load_in_4bit False            # x
+    # --load_in_8bit False            # True: the base model's linear layers with 8-bit weights
+    # --load_in_4bit False            # True: with 4-bit weights (NF4, as QLoRA)
     # --trust_remote_code False       # True: run the Python code that comes with the model
     # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
     # --- training
