@@ -20,6 +20,7 @@ from machine import processes
 from machine.errors import ArgumentError, ModelError
 from run import faults
 from run.arguments import get_task, one_of, parse
+from run.folder import lock, make_folder
 from run.parser import fixed, option
 from tasks import Task, splits
 from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
@@ -215,7 +216,7 @@ def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
     inputs, shortened = classifying.build_inputs(task, job.rows, tokenizer, arguments.max_prompt_length)
     model = load_model(arguments, task, tokenizer)
     with contextlib.ExitStack() as held:
-        folder = guard.folder = processes.broadcast_from_main(lambda: inference.open_folder(arguments, task, held))
+        folder = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, task, held))
         print(models.device_line())
         classifier = Classifier(model, tokenizer, arguments.tokens_per_micro_batch or inference_token_budget(model))
         found = classifying.predict(classifier, task, inputs)
@@ -224,6 +225,13 @@ def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
         details = {"shots": 0, "shortened": shortened}
         inference.write_results(arguments, job, folder, "trained", found, majority, started, details)
         print(f"\n{folder} holds predictions.jsonl (every row and answer) and summary.json.")
+
+
+def open_folder(arguments: HeadArguments, task: Task, held: contextlib.ExitStack) -> Path:
+    """The folder of a split's answers, a new one or that of `--resume`; closed to others as long as `held` is open."""
+    folder = Path(arguments.resume) if arguments.resume else make_folder(arguments, task)
+    held.enter_context(lock(folder))
+    return folder
 
 
 if __name__ == "__main__":
