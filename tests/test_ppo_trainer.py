@@ -868,13 +868,13 @@ def test_the_best_evaluation_is_kept(tmp_path):
         tmp_path, config=config, compute_metrics=lambda engine: {"score": next(scores)}, on_save=saved.append
     )
     kept = {}
-    trainer.add_callback(At(1, lambda control: kept.update(policy_weights(trainer.model))))
+    trainer.add_callback(At(3, lambda control: kept.update(policy_weights(trainer.model))))
     trainer.train()
     best = load_file(tmp_path / "best" / "adapter_model.safetensors")
     assert all(torch.equal(best[name.replace(".default", "")], weight) for name, weight in kept.items())
-    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.9, 1)
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.9, 3)
     assert (tmp_path / "best" / VALUE_HEAD_FILE).exists() and (tmp_path / "best" / "adapter_config.json").exists()
-    assert len(saved) == 2  # at the start, and at 0.9; an equal score later changes nothing
+    assert len(saved) == 3  # at the start, and at 0.9; of equal scores the later is the best
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
