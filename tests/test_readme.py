@@ -116,8 +116,27 @@ def test_command(command, trained, tmp_path):
         folder = tmp_path / "report"
         assert succeeded(run(command, ["--runs", str(trained.parent), "--output_dir", str(folder)]))
         assert (folder / "report.html").is_file()
+    elif "-m reporting." in command:
+        keeps_and_reads_a_ledger(command, trained, tmp_path)
+    elif "-m benchmarks.trl_grpo" in command:  # it trains for hours; tests/test_benchmarks.py runs it
+        said = run(" ".join(command.split()[:3]), ["--help"]).stdout
+        assert set(re.findall(r"--\w+", command)) <= set(re.findall(r"--\w+", said))
     else:
         runs_a_script(command, trained, tmp_path / "run")
+
+
+def keeps_and_reads_a_ledger(command: str, trained: Path, folder: Path) -> None:
+    """The ledger of a trained run, and the tables from it."""
+    ledger = folder / "runs.csv"
+    command = command.replace("reporting.ledger model", f"reporting.ledger {trained}").replace("/my/data", str(folder))
+    if "reporting.claims" in command:
+        assert succeeded(run(f".venv/bin/python -m reporting.ledger {trained}", ["--csv", str(ledger)]))
+        assert succeeded(run(command, ["--csv", str(ledger), "--output", str(folder / "claims.md")]))
+        assert "MR" in (folder / "claims.md").read_text(encoding="utf-8")
+    else:
+        assert (
+            succeeded(run(command, ["--csv", str(ledger)])) and len(ledger.read_text().splitlines()) == 3
+        )  # before and after
 
 
 def runs_a_script(command: str, trained: Path, folder: Path) -> None:
