@@ -134,7 +134,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     from engine.loading import check_vocabulary, load_engine
     from evaluation.answer_spaces import label_trie
     from training import training_run
-    from training.sft_trainer import Finetuner
+    from training.sft_trainer import Finetuner, loss_type
 
     # 1. prompts and answers
     tokenizer = training_run.load_tokenizer(arguments, data)
@@ -154,9 +154,11 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     evaluation = training_run.HeldOutEvaluation(
         arguments, data, run.folder, temperature=temperature, seed=arguments.seed
     )
+    config = trainer_config(arguments, run.folder, len(table))
+    config.loss_type = loss_type(engine.network)
     trainer = Finetuner(
         engine.model,
-        trainer_config(arguments, run.folder, len(table)),
+        config,
         train_dataset=table,
         eval_dataset=table.select([0]),  # Trainer wants one; `evaluation` has the rows
         processing_class=tokenizer,

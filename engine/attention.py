@@ -7,7 +7,7 @@ exponentials and the output of both (as in ring attention: Liu et al. 2023, http
 CPU, whose kernel returns and takes these sums.
 
 `packed`: the rows are one packed sequence, without padding, with or without gradient. `shared_prefix`: the rows of a
-padded batch that grows token by token, without gradient.
+padded batch that grows token by token, without gradient. `masked` is attention to a padded batch without such a part.
 """
 
 import contextlib
@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from engine import alibi
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -84,35 +87,28 @@ class PackedLayer(DynamicLayer):
         return tuple(x[0][:, places].transpose(0, 1) for x in (self.keys, self.values))
 
 
-def window(config: PretrainedConfig) -> int | None:
-    """How many of the last tokens some layer sees; None if all layers see all tokens."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if "chunked_attention" in kinds:
-        return config.attention_chunk_size
-    # A configuration without a list of layers may have one window for all of them, and may have it switched off.
-    in_use = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", None) is not False
-    return getattr(config, "sliding_window", None) if in_use else None
-
-
 def fits(model: PreTrainedModel) -> bool:
-    """Whether this works for the model: float32 on a CPU, attention through transformers' AttentionInterface, and every
-    token attends to all tokens before it."""
+    """Whether this works for the model where every token attends to all tokens before it: float32 on a CPU, and
+    attention through transformers' AttentionInterface or alibi.py."""
     weight, config = model.get_output_embeddings().weight, model.config.get_text_config()
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and getattr(model, "_supports_attention_backend", False)
-        and config._attn_implementation == "sdpa"
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and not window(config)
-        and not getattr(config, "attn_logit_softcapping", None)
+        and (
+            alibi.fit(model.base_model) is not None
+            or getattr(model, "_supports_attention_backend", False)
+            and config._attn_implementation == "sdpa"
+            and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+            and not getattr(config, "attn_logit_softcapping", None)
+        )
     )
 
 
 @contextlib.contextmanager
 def in_use(model: PreTrainedModel, function: Callable) -> Iterator[None]:
-    """In here the model's attention is `packed`, with a cache of PackedLayers and no mask, or `shared_prefix`, with a
-    cache of PrefixLayers and a mask (rows, 1, tokens, own tokens) of 0 and -inf for the rows' own tokens alone."""
+    """In here the model's attention is `packed`, with a cache of PackedLayers and no mask; or `shared_prefix`, with a
+    cache of PrefixLayers and a mask (rows, 1, tokens, own tokens) of 0 and -inf for the rows' own tokens alone; or
+    `masked`, with any other cache."""
     config = model.config.get_text_config()
     before, config._attn_implementation = config._attn_implementation, function.__name__
     try:
@@ -134,6 +130,16 @@ def shared_prefix(module, query, key, value, attention_mask, scaling=None, **kwa
     own, own_sum = _attend(query, key, value, attention_mask, scaling)
     mean = torch.lerp(own, prefix, torch.sigmoid(prefix_sum - own_sum)[..., None])
     return mean.transpose(1, 2).contiguous(), None
+
+
+def masked(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """query, key, value (rows, heads, tokens, size), attention_mask (rows, 1, tokens, keys) or None for a causal one
+    -> (rows, tokens, heads, size), None."""
+    causal = attention_mask is None
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+    )
+    return output.transpose(1, 2), None
 
 
 def packed(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -238,5 +244,5 @@ def _attend(query, key, value, mask, scaling) -> tuple[torch.Tensor, torch.Tenso
     return flash(query, key, value, attn_mask=mask, scale=scaling)
 
 
-AttentionInterface.register(packed.__name__, packed)
-AttentionInterface.register(shared_prefix.__name__, shared_prefix)
+for function in (packed, shared_prefix, masked):
+    AttentionInterface.register(function.__name__, function)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+NAMES = ("mlp", "ffn")  # of a block's feed-forward layer
+
 
 class _Forward:
     """The layer's `forward`, among the tokens `read` where that is set."""
@@ -20,10 +22,11 @@ class _Forward:
     def __call__(self, hidden: torch.Tensor, *args, **kwargs):
         if self.read is None:
             return self.whole(hidden, *args, **kwargs)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        result = torch.zeros_like(flat)
+        # A residual (BLOOM, MPT) is read at the same tokens.
+        each = [x.reshape(-1, x.shape[-1])[self.read][None] for x in (hidden, *args)]
+        result = torch.zeros_like(hidden).flatten(0, -2)
         if len(self.read):
-            result = result.index_put((self.read,), self.whole(flat[self.read][None], *args, **kwargs)[0])
+            result = result.index_put((self.read,), self.whole(*each, **kwargs)[0])
         return result.view(hidden.shape)
 
 
@@ -31,7 +34,8 @@ def last(backbone: nn.Module, blocks: int) -> _Forward | None:
     """The feed-forward layer of the last of so many blocks, made able to leave tokens out; None for a model whose layer
     has another name, or that has several in a block (a mixture of experts)."""
     stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
-    layer = getattr(stacks[0][-1], "mlp", None) if stacks else None
+    layers = [getattr(stacks[0][-1], name, None) for name in NAMES] if stacks else []
+    layer = next((layer for layer in layers if layer is not None), None)
     # A mixture of experts may also return how it chose among them.
     if layer is None or any("expert" in name or "router" in name for name, _ in layer.named_modules()):
         return None

@@ -1,9 +1,14 @@
 """A model's engine: loaded, checked against the plain forward, and ready to be asked or trained."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
-from engine import attention, models
+from engine import masks, models
 from engine.engine import Engine
+from engine.network import Network
+from engine.output import verified
 from engine.trees import Tree
 from machine import memory, sharding
 from machine.errors import ModelError
@@ -39,7 +44,7 @@ def load_engine(
     except ValueError as error:
         raise ModelError(f"--train_model_name {name}: {error}") from error
     if reason:
-        print(f"This model does not fit the shared-prefix forward ({reason}); the plain one is used, which is slower.")
+        print(f"{name} computes every prompt and answer in full, with the same results but slower: {reason}.")
     return engine
 
 
@@ -93,40 +98,68 @@ def check_length(model, name: str, longest: int) -> None:
 @torch.no_grad()
 def check(engine: Engine, longest: int = 0, tolerance: float = 1e-3) -> str | None:
     """Compare an engine's states with the plain forward's on a small example; on a mismatch the engine falls back to
-    the plain forward. Returns why, or None.
+    the padded layout, or to the plain forward. Returns why it takes the plain one, or None.
 
-    longest: tokens of a prompt and its answer at most: the example is too short to show what an attention window leaves
-    out. Raises ModelError for a model whose logits are not its output layer applied to its last hidden state.
+    longest: tokens of a prompt and its answer at most; 0: not known.
+    Raises ModelError for a model whose logits are not a known function of its last hidden state.
     """
     network = engine.network
-    # 1. An example, and its states by the plain forward.
+    config = network.causal_lm.config.get_text_config()
+    # 1. An example.
     size = min(network.head.weight.shape[0], 1000)
     prompts = [[(7 * i + 3) % size for i in range(12)], [(7 * i + 3) % size for i in range(5)] + [11, 12]]
     tree = Tree([-1, 5 % size, 6 % size, 7 % size], [-1, 0, 0, 1], [0, 1, 1, 2])
-    plain = network.plain_states(prompts, [tree, tree]).float()
-    # 2. Logits: the model's own against the engine's.
-    weights_type = network.head.weight.dtype
-    tolerance = tolerance if plain.dtype == weights_type else 5e-2
-    logits = network.causal_lm(torch.tensor([prompts[0]], device=network.device)).logits[0, -1].float()
-    found = network.logits(plain[0, 0].to(weights_type))
-    if not torch.allclose(found, logits, rtol=tolerance, atol=10 * tolerance):
+    # 2. Logits: the model's own against the engine's, of one forward: two of 8-bit weights may differ by more.
+    transform = verified(network, prompts[0])
+    if transform is None:
         raise ModelError(
-            "this model changes its logits after the output layer, which is not supported; "
-            "choose another --train_model_name"
+            "this model's logits are not its output layer applied to its last hidden state, nor that with the factor "
+            "or cap that its configuration names, so its answers could not be scored; choose another --train_model_name"
         )
+    network.transform = transform
     # 3. States, in every layout that may be used.
-    reason = None
-    window = attention.window(network.causal_lm.config.get_text_config())
-    if window and longest > window:
-        reason = f"it attends to the last {window} tokens, and there may be {longest}"
-    layouts = ((False, None), (False, 1), (True, 1)) if network.packed else ((False, None),)
-    for packed, min_separate_prefix in layouts:
-        try:
-            with network.layout(packed, min_separate_prefix):
-                shared = torch.stack(engine.states(prompts, [tree, tree])).float()
-            error = float((shared - plain).norm() / plain.norm())
-            reason = reason or (f"relative error {error:.1e}" if not error < tolerance else None)
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as problem:
-            reason = reason or f"{type(problem).__name__}: {problem}".splitlines()[0]
+    network.set_window(masks.window(config))
+    if network.window and 0 < longest <= network.window:
+        network.set_window(None)
+    reason = masks.unsupported(config, longest)
+    if reason is None:
+        examples = prompts, [tree, tree]
+        with _short_window(network) if network.window else contextlib.nullcontext():
+            plain = network.plain_states(*examples)
+            allowed = tolerance if plain.dtype == torch.float32 else 5e-2
+            differences = [_difference(engine, layout, examples, plain, allowed) for layout in layouts(network)]
+        reason = differences[-1]
+        if any(differences):
+            network.packed, network.min_separate_prefix = False, None
     network.plain = reason is not None
     return reason
+
+
+def layouts(network: Network) -> list[tuple[bool, int | None]]:
+    """(packed, min_separate_prefix) of all layouts that the network may choose from; every model that fits any of them
+    fits the last one."""
+    return [(True, 1), (False, 1), (False, None)] if network.packed else [(False, None)]
+
+
+def _difference(engine: Engine, layout, examples, plain: torch.Tensor, allowed: float) -> str | None:
+    """How the states of the examples in this layout differ from the plain forward's, if by more than is allowed."""
+    try:
+        with engine.network.layout(*layout):
+            states = torch.stack(engine.states(*examples)).float()
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError):
+        return "its code does not accept an attention mask, positions or a KV cache from outside"
+    error = float((states - plain.float()).norm() / plain.float().norm())
+    if error < allowed:
+        return None
+    return f"with a shared prefix its numbers would differ by {error:.0e} of their size"
+
+
+@contextlib.contextmanager
+def _short_window(network: Network, size: int = 4) -> Iterator[None]:
+    """In here the window is so short that the small example shows whether the masks know it."""
+    config, before = network.causal_lm.config.get_text_config(), network.window
+    network.window = config.sliding_window = size
+    try:
+        yield
+    finally:
+        network.window = config.sliding_window = before

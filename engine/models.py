@@ -11,12 +11,14 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -221,17 +223,22 @@ def lora_config(**changes) -> LoraConfig:
 
 
 def lora_config_for(model: PreTrainedModel) -> LoraConfig:
-    """`lora_config` without the layers that peft refuses, which are named in a line. Raises ModelError if none is left.
+    """`lora_config` without the layers that peft refuses and, of a model that also sees or hears, those that no text
+    goes through. What is refused, and routed experts that get no adapter, are named in a line. Raises ModelError if no
+    layer is left.
 
     Mamba's output projection, say: the model's kernel reads its weights and would never see an adapter on it.
     """
-    head, config = model.get_output_embeddings(), lora_config()
-    layers = (
-        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
-    )
-    names = sorted({name.rpartition(".")[2] for name in layers})
-    refused = [name for name in names if not _takes_lora(model, name)]
-    if names == refused:
+    # 1. The layers of the language model.
+    head, inside = model.get_output_embeddings(), _text_part(model)
+    names = {
+        name.rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and name.startswith(inside)
+    }
+    # 2. What peft refuses, and experts.
+    refused = [name for name in sorted(names) if not _takes_lora(model, name)]
+    if len(refused) == len(names):
         raise ModelError(
             f"{model.name_or_path} has no linear layer that LoRA can be put on"
             + (f" (peft refuses {', '.join(refused)})" if refused else "")
@@ -239,8 +246,24 @@ def lora_config_for(model: PreTrainedModel) -> LoraConfig:
         )
     if refused:
         print(f"Without an adapter, as peft refuses one there: {', '.join(refused)}.")
-        config = lora_config(exclude_modules=refused)
-    return config
+    if experts := left_out_experts(model):
+        share = sum(weight.numel() for _, weight in experts) / sum(weight.numel() for weight in model.parameters())
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name, _ in experts}))
+        what = f"the routed experts ({kinds}; {share:.0%} of all weights)"
+        print(f"Without an adapter, as they are not linear layers: {what}.")
+    # 3. The configuration.
+    if inside:
+        outside = [rf"(?!{re.escape(inside)}).*", *(rf".*\.{re.escape(name)}" for name in refused)]
+        return lora_config(exclude_modules="|".join(outside))
+    return lora_config(exclude_modules=refused) if refused else lora_config()
+
+
+def _text_part(model: PreTrainedModel) -> str:
+    """What the names of the language model's layers begin with, where a model has others too; else ""."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def _takes_lora(model: PreTrainedModel, name: str) -> bool:
@@ -253,6 +276,15 @@ def _takes_lora(model: PreTrainedModel, name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def left_out_experts(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """The weights of routed experts that are one tensor (experts, in, out) per block and get no adapter. Where the
+    experts were linear layers once (Mixtral, Qwen-MoE) peft adapts the tensors."""
+    config = lora_config()
+    convert_peft_config_for_transformers(config, model, None)
+    experts = [(name, weight) for name, weight in model.named_parameters() if weight.dim() == 3 and "expert" in name]
+    return [(name, w) for name, w in experts if name.rpartition(".")[2] not in (config.target_parameters or ())]
 
 
 def save_start_adapter(name: str, from_local: bool, checkpoint: Path) -> None:

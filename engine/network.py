@@ -14,7 +14,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from engine import attention, feedforward, lora
+from engine import alibi, attention, feedforward, lora, masks
+from engine.output import Transform, transforms
 from engine.trees import Tree
 from machine import processes, sharding
 
@@ -40,6 +41,8 @@ class Network:
         min_separate_prefix: in a padded batch a prefix of so many tokens is not copied for every row; None: it always
             is.
         plain: the model fits neither, and takes the plain forward (see loading.check).
+        window: some layers see only so many of the last tokens; None: every token is seen by all after it.
+        transform: what the model does to its logits after the output layer.
         lockstep: weights are sharded, so all processes must run the same number of blocks.
         tokens_computed: tokens pushed through the network so far, padding included.
     """
@@ -50,7 +53,15 @@ class Network:
         self.tokens_computed = 0
         self.lockstep = sharding.active()
         self.set_model(model)
-        self.packed = attention.fits(self.causal_lm)
+        config = self.causal_lm.config.get_text_config()
+        self.transform: Transform = next(transforms(config))
+        self.set_window(masks.window(config))
+
+    def set_window(self, window: int | None) -> None:
+        """Let some layers see only so many of the last tokens; None: no prompt with its answer is longer than that.
+        Only without a window can rows be packed."""
+        self.window = window
+        self.packed = window is None and attention.fits(self.causal_lm)
         self.min_separate_prefix = attention.SHORTEST if self.packed else None
 
     def set_model(self, model: nn.Module) -> None:
@@ -61,6 +72,7 @@ class Network:
         self.backbone = self.causal_lm.base_model
         self.head = self.causal_lm.get_output_embeddings()
         self.layers = self.causal_lm.config.get_text_config().num_hidden_layers
+        self.alibi = alibi.fit(self.backbone)
         # Sharded weights are all-gathered by the calls of their modules, so every process must make all of them.
         self.last_feedforward = None if self.lockstep else feedforward.last(self.backbone, self.layers)
         self._columns: dict[tuple[int, ...], torch.Tensor] = {}  # vocabularies, on the output layer's device
@@ -78,13 +90,13 @@ class Network:
     def logits(self, states: torch.Tensor, vocabulary: list[int] | None = None) -> torch.Tensor:
         """(..., hidden) states -> (..., tokens) float32 logits, of `vocabulary`'s columns only if given."""
         if vocabulary is None:
-            return self.head(states).float()
+            return self.transform(self.head(states).float())
         # In bfloat16 the product would round labels to steps of an eighth, and make close ones equal.
         if tuple(vocabulary) not in self._columns:
             self._columns[tuple(vocabulary)] = torch.tensor(vocabulary, device=self.device)
         columns = self._columns[tuple(vocabulary)]
         bias = None if self.head.bias is None else self.head.bias[columns].float()
-        return nn.functional.linear(states.float(), self.head.weight[columns].float(), bias)
+        return self.transform(nn.functional.linear(states.float(), self.head.weight[columns].float(), bias))
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -136,8 +148,14 @@ class Network:
         cache = DynamicCache()
         ids = self.to_device(torch.tensor([ids]))
         nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
-        with feedforward.only(self.last_feedforward, nowhere):
-            states = self.backbone(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(feedforward.only(self.last_feedforward, nowhere))
+            mask = None  # causal
+            if self.alibi:
+                positions = torch.arange(ids.shape[1], device=self.device)[None]
+                stack.enter_context(attention.in_use(self.causal_lm, attention.masked))
+                mask = stack.enter_context(self.alibi.at(positions, None))
+            states = self.backbone(ids, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
         return [(layer.keys, layer.values) for layer in cache.layers], states
 
     def plain_states(self, prompts: list[list[int]], trees: list[Tree]) -> torch.Tensor:
@@ -226,9 +244,8 @@ class Network:
     def kv_cache(self, prefix: list[KeysValues], rows: int, own: list[KeysValues] | None = None) -> DynamicCache:
         """A KV cache that begins with the prefix's keys and values, expanded over the rows; a long prefix, which would
         be copied for each row in every layer, is kept beside it. own: the rows' own keys and values, per layer."""
-        cache, own = DynamicCache(), own or []
-        cache.layers = []
-        length = prefix[0][0].shape[2] if prefix else 0
+        length, own = prefix[0][0].shape[2] if prefix else 0, own or []
+        cache = masks.KVCache(torch.arange(length, device=self.device).expand(rows, length))
         separate = self.min_separate_prefix and length >= self.min_separate_prefix and not torch.is_grad_enabled()
         for i in range(max(len(prefix), len(own))):
             layer = attention.PrefixLayer(*prefix[i]) if separate else DynamicLayer()
@@ -256,17 +273,28 @@ class Network:
         with contextlib.ExitStack() as stack:
             read = None if read is None else self.to_device(read)
             stack.enter_context(feedforward.only(self.last_feedforward, read))
+            positions, mask = self.to_device(positions), self.to_device(mask)
+            # 1. The attention for the kind of cache; None: the model's own.
             kind = type(cache.layers[0]) if cache.layers else None
+            functions = {attention.PackedLayer: attention.packed, attention.PrefixLayer: attention.shared_prefix}
+            function = functions.get(kind, attention.masked if self.alibi else None)
+            if function:
+                stack.enter_context(attention.in_use(self.causal_lm, function))
+            # 2. The mask that it takes.
             if kind is attention.PackedLayer:
-                stack.enter_context(attention.in_use(self.causal_lm, attention.packed))
-            if kind is attention.PrefixLayer:
-                stack.enter_context(attention.in_use(self.causal_lm, attention.shared_prefix))
-                own = mask[:, :, cache.layers[0].prefix[0].shape[2] :]
-                mask = torch.zeros(own.shape).masked_fill(~own, -torch.inf)
+                mask = mask[:, None]
+            elif kind is attention.PrefixLayer:
+                mask = masks.additive(mask[:, :, cache.layers[0].prefix[0].shape[2] :])[:, None]
+            else:
+                if self.window is not None:
+                    cache.positions = torch.cat([cache.positions, positions], dim=1)
+                mask = masks.for_model(self.causal_lm, mask, self.window, positions, cache)
+            if self.alibi:
+                mask = stack.enter_context(self.alibi.at(positions, mask))
             return self.backbone(
                 self.to_device(ids),
-                attention_mask=self.to_device(mask[:, None]),
-                position_ids=self.to_device(positions),
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state

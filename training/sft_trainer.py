@@ -14,6 +14,8 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from engine.engine import Engine
+from engine.network import Network
+from engine.output import CAP, Transform
 from engine.trees import LabelTrie, Tree
 from machine import processes
 from machine.memory import training_token_budget
@@ -22,6 +24,7 @@ from training.run_trainer import RunTrainer
 from training.sampler import StratifiedSampler, first_epoch_seed, stratum
 
 IGNORED = -100  # label of a token without loss
+TRL_FACTORS = ("logit_scale", "output_multiplier")  # of logits, in configurations
 
 
 @dataclass
@@ -169,6 +172,15 @@ class Finetuner(RunTrainer, SFTTrainer):
     def samples_per_step(self) -> int:
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.count()
+
+
+def loss_type(network: Network) -> str:
+    """SFTConfig's: logits only where there is a loss. TRL computes them itself then, and knows some of the factors and
+    caps that models have after the output layer; with others the model computes all logits."""
+    config = network.causal_lm.config.get_text_config()
+    factor = next((x for name in TRL_FACTORS if (x := getattr(config, name, None)) is not None), 1.0)
+    known = network.transform == Transform(factor, getattr(config, CAP, None))
+    return "chunked_nll" if known else "nll"
 
 
 def prompts_and_answers(inputs: dict[str, torch.Tensor]) -> tuple[list[list[int]], list[list[int]]]:
