@@ -194,7 +194,7 @@ def test_loss_on_labels_is_cross_entropy_over_whole_label_strings(names, options
     trainer.model.zero_grad()
     total = 0.0
     for part, trie in zip(parts, trainer.label_tries):
-        spellings = [[*spelling, trainer.processing_class.eos_token_id] for spelling in trie.spellings]
+        spellings = [[*spelling, trie.close_token] for spelling in trie.spellings]
         for row in part.train:
             asked, _ = prompts.build(part.task, row, trainer.processing_class)
             target = expected_weights(part, row, options.get("number_target") == "soft", arguments.label_smoothing)
