@@ -163,6 +163,8 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
         task, rows, engine.tokenizer, shots, arguments.use_CoT, arguments.max_prompt_length
     )
     check_vocabulary(engine, job.model, answer_spaces.largest_token(task, engine.tokenizer, prompt_ids))
+    if notice := answer_spaces.spelling_notice(task, engine.tokenizer):
+        print(notice)
     kept = prompt_record.record(engine.tokenizer, prompt_record.hash_of(prompt_ids))
     processes.broadcast_from_main(lambda: prompt_record.check_or_keep(folder, task.name, kept))
 

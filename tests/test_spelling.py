@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import BASE, SIZES
+from conftest import BASE, SIZES, tiny_model, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fewshot
+import inference
 import prompts
+import sft
 import tasks
 from engine.engine import Engine
 from engine.trees import LabelTrie
@@ -88,6 +91,20 @@ def test_where_tokens_span_word_and_tag_both_are_spelled_apart(pieces, target):
     assert ("spelled apart" in spelling_notice(task, tokenizer)) is apart
     trie = label_trie(task, tokenizer)
     assert tokenizer.read(trie.spellings[1]) == target[:-3]
+
+
+@pytest.mark.parametrize("program", [inference, fewshot, sft])
+def test_every_script_says_once_that_labels_are_spelled_apart(program, tmp_path, capsys):
+    tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")  # a tag and the word behind it are one unknown token
+    for split in ("train", "validation"):
+        rows = [f"w{i},{('no', 'yes')[i % 2]}" for i in range(8)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,status", *rows]) + "\n")
+    argv = ["--task", "MentalHealth", "--data_path", str(tmp_path), "--from_local", "True", "--report_to", "none"]
+    argv += ["--train_model_name", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run")]
+    more = {sft: ["--batch_sentence_num", "8", "--max_steps", "1"], fewshot: ["--num_shots", "2"], inference: []}
+    program.main([*argv, *more[program]])
+    assert capsys.readouterr().out.count("labels and tags are spelled apart") == 1
 
 
 def test_a_tokenizer_that_appends_end_of_sequence():
