@@ -34,6 +34,7 @@ LOCATION = ("output_dir", "resume", "config", "report_to")  # of no interest to 
 PROGRAMS = {  # by what summary.json calls a method: the program, and the class of its arguments
     "ppo": ("ppo", "PPOArguments"),
     "sft": ("sft", "SFTArguments"),
+    "head": ("classify", "HeadArguments"),
     "zero-shot": ("inference", "InferenceArguments"),
     "trained": ("inference", "InferenceArguments"),
     "few-shot": ("fewshot", "FewshotArguments"),
@@ -149,17 +150,20 @@ def _from_text(line: dict[str, str]) -> Entry:
 
 
 def pack(task: Task, labels: list[int | float | None]) -> str:
-    """The predicted labels as text: a digit (from class 10 on a letter) for each row; for a number task the numbers
-    with at most two decimals, between spaces. `-` stands for an answer that did not parse."""
+    """The predicted labels as text: a digit (from class 10 on a letter) for each row. Of a number task the numbers with
+    at most two decimals, and of one with more classes than digits their ids, between spaces. `-` stands for an answer
+    that did not parse."""
     if task.number:
         return " ".join(INVALID if x is None else f"{x:.2f}".rstrip("0").rstrip(".") for x in labels)
+    if len(task.labels) > len(DIGITS):
+        return " ".join(INVALID if x is None else str(x) for x in labels)
     return "".join(INVALID if x is None else DIGITS[x] for x in labels)
 
 
 def unpack(task: Task, text: str) -> list[int | float | None]:
     """The labels that `pack` was given, numbers rounded. ValueError for anything else."""
-    if task.number:
-        return [None if word == INVALID else float(word) for word in text.split(" ")]
+    if task.number or len(task.labels) > len(DIGITS):
+        return [None if word == INVALID else (float if task.number else int)(word) for word in text.split(" ")]
     return [None if digit == INVALID else DIGITS.index(digit) for digit in text]
 
 

@@ -1,6 +1,7 @@
 """The ledger of runs, and the tables made from it: hand-computed figures, and runs that lost their folders."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from evaluation.bootstrap import bootstrap_values
 from evaluation.significance import holm, over_seeds, two_sided_p
 from machine.errors import ArgumentError
 from reporting import claims, ledger
-from reporting.results import grouped
+from reporting.results import METHODS, grouped
 from tasks.labels import label_name
 
 SST = tasks.get("SST")
@@ -181,6 +182,17 @@ def test_no_text_no_gold_label_and_no_folder_of_this_machine_is_kept(runs, tmp_p
     ledger.append(runs, path)
     text = path.read_text()
     assert not any(word in text for word in ("secret", "so so", "gold", "positive", "/somewhere", str(tmp_path)))
+
+
+def test_labels_of_more_classes_than_digits_are_their_ids():
+    task = replace(tasks.get("SST"), labels=tuple(map(str, range(37))))
+    assert ledger.pack(task, [0, 36, None, 10]) == "0 36 - 10"
+    assert ledger.unpack(task, "0 36 - 10") == [0, 36, None, 10]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"trl-grpo"}))
+def test_every_program_has_a_command_for_its_line(name, tmp_path):
+    assert ledger.command(name, {"task": "SST", "seed": 3}).endswith(".py --task SST --seed 3")
 
 
 def test_the_same_measurement_replaces_its_line(runs, tmp_path):
