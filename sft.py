@@ -15,11 +15,11 @@ from pathlib import Path
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
-from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, get_tasks, one_of, parse
+from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, one_of, parse
 from run.parser import option
-from tasks import Task, splits
-from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
-from training.data import TaskData, load_rows
+from tasks import Task
+from training.arguments import PolicyArguments, check_batch, check_training, fill_in_epochs
+from training.data import TaskData, find_tasks, load_rows, name_of
 
 LOSS_ON = "answer"  # the default of --loss_on
 
@@ -30,11 +30,9 @@ STEPS = 72
 
 
 @dataclass
-class SFTArguments(TrainArguments):
+class SFTArguments(PolicyArguments):
     """What SFT takes beside the arguments of all training."""
 
-    task: str = option("MR", "run", TASKS_HELP)
-    datafolder_path: str = option("", "run", "folder such as data/GLUE: train on every task in it, not on --task")
     batch_sentence_num: int = option(8, "training", "rows per step")
     lines_per_file: int = option(30000, "SFT", "training rows of each task, at most")
     learning_rate: float = option(5e-4, "training", "learning rate of the adapter")
@@ -71,24 +69,6 @@ def check(arguments: SFTArguments) -> None:
     check_training(arguments, positive=("lines_per_file",))
 
 
-def find_tasks(arguments: SFTArguments) -> list[tuple[Task, str | None]]:
-    """The tasks to learn, and where their files are (None: below data/). Raises ArgumentError."""
-    if arguments.datafolder_path:
-        chosen = splits.found_below(arguments.datafolder_path)
-        if not chosen:
-            raise ArgumentError(
-                f"--datafolder_path {arguments.datafolder_path} holds no task's training file; give a folder such as "
-                "data/GLUE with RTE/train.tsv in it"
-            )
-        return chosen
-    named = splits.one_per_training_file(get_tasks(arguments.task))
-    if not named:
-        raise ArgumentError(f"--task {arguments.task} has no training data: it is answered by another task's model")
-    if len(named) > 1 and Path(arguments.data_path or ".").is_file():
-        raise ArgumentError(f"--data_path {arguments.data_path} is one file, but --task names {len(named)} tasks")
-    return [(task, splits.task_path(task, arguments.data_path, len(named) > 1)) for task in named]
-
-
 def load(arguments: SFTArguments, chosen: list[tuple[Task, str | None]]) -> list[TaskData]:
     """Every task's rows, at most `--lines_per_file` training rows of each. Raises DataError."""
     data = [load_rows(arguments, task, path) for task, path in chosen]
@@ -105,13 +85,6 @@ def check_label_sets(arguments: SFTArguments, data: list[TaskData]) -> None:
         raise ArgumentError(f"--loss_on label: {', '.join(without)} has no label set; use --loss_on answer")
     if arguments.number_target == "soft" and not any(part.task.number for part in data):
         raise ArgumentError("--number_target soft: no task here has numbers as labels; leave it out")
-
-
-def name_of(arguments: SFTArguments, data: list[TaskData]) -> str:
-    """What the run is of: a folder's name, a task, or several as `--task` named them."""
-    if arguments.datafolder_path:
-        return Path(arguments.datafolder_path).resolve().name
-    return data[0].task.name if len(data) == 1 else arguments.task
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from engine import models
 from evaluation import answer_spaces
 from machine.errors import ArgumentError, TrainingError
 from tasks import loaders, splits
-from training.data import TaskData
+from training.data import TaskData, find_tasks
 from training.ppo_trainer import PPOConfig, PPOTrainer
 from training.sft_trainer import IGNORED, Finetuner
 
@@ -90,7 +90,7 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
     arguments.loss_on, arguments.report_to = loss_on, "none"
     tokenizer = models.load_tokenizer(str(model_folder), True)
     sft.check(arguments)
-    parts = sft.load(arguments, sft.find_tasks(arguments))
+    parts = sft.load(arguments, find_tasks(arguments))
     table, _ = sft.dataset(arguments, parts, tokenizer)
     torch.manual_seed(0)
     trainer = Finetuner(
@@ -209,7 +209,7 @@ def test_loss_on_labels_is_cross_entropy_over_whole_label_strings(names, options
 def test_loss_on_labels_sees_the_rows_in_the_order_of_ppo(model_folder, data_root, tmp_path):
     given = dict(task="SST", data_path=str(data_root), batch_sentence_num=8, max_steps=2, report_to="none", seed=3)
     arguments = sft.SFTArguments(loss_on="label", **given)
-    parts = sft.load(arguments, sft.find_tasks(arguments))
+    parts = sft.load(arguments, find_tasks(arguments))
     trainer = label_trainer(arguments, parts, model_folder, tmp_path)
     config = PPOConfig(output_dir=str(tmp_path), seed=3, use_cpu=True, report_to=[])
     rows = [{**row, "prompt_ids": [1]} for row in parts[0].train]
@@ -357,7 +357,11 @@ def test_a_folders_tasks_are_found_once_each(below):
             "--number_target soft: no task here has numbers",
         ),
         (["--datafolder_path", "nowhere"], "--datafolder_path nowhere holds no task's training file"),
-        (["--task", "AX"], "is answered by another task's model"),
+        (
+            ["--task", "AX"],
+            "--task AX: AX has no training data, as the model of MNLI-m answers it; name MNLI-m in its place",
+        ),
+        (["--task", "SST,AX"], "as the model of MNLI-m answers it; leave it out"),
         (["--lines_per_file", "0"], "--lines_per_file 0 must be greater than 0"),
         (["--learning_rate", "-1"], "--learning_rate -1.0 must be greater than 0"),
         (["--max_steps", "-1"], "--max_steps -1 must not be negative"),

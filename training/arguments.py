@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from machine.errors import ArgumentError
-from run.arguments import Arguments, check_not_negative, check_positive, divisible, one_of
+from run.arguments import TASKS_HELP, Arguments, check_not_negative, check_positive, divisible, one_of
 from run.parser import option
 
 MAX_STEPS_HELP = "number of steps; 0: all epochs; default: by recipe, or 0 with --end_epoch"
@@ -24,6 +24,14 @@ class TrainArguments(Arguments):
     eval_steps: int = option(0, "evaluation and saving", "steps between evaluations; 0: only before and after training")
     save_total_limit: int = option(0, "evaluation and saving", "checkpoints to keep beside the best; 0: all")
     resume: str = option("", "run", "folder of the run to continue, from its last checkpoint")
+
+
+@dataclass
+class PolicyArguments(TrainArguments):
+    """What ppo.py and sft.py take, which train one model on a task or on several."""
+
+    task: str = option("MR", "run", TASKS_HELP)
+    datafolder_path: str = option("", "run", "folder such as data/GLUE: train on every task in it, not on --task")
 
 
 ADVANTAGES = ("critic", "leave_one_out", "group", "group_mean", "batch")
