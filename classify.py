@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import inference
 from engine.folders import HEAD, head_labels, write_head
+from evaluation import jobs, outcome
 from machine import processes
 from machine.errors import ArgumentError, ModelError
 from run import faults
@@ -200,7 +200,7 @@ def trainer_config(arguments: HeadArguments, folder: Path, inputs: list[dict]):
 
 def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
     """Answer a split with a trained head; the run's folder is what inference.py's would be."""
-    job = inference.load_jobs(arguments, [task])[0]
+    job = jobs.load_jobs(arguments, [task])[0]
     task, labels = job.task, head_labels(Path(job.model))
     if labels != task.labels:
         told, wanted = (", ".join(names) or "numbers" for names in (labels, task.labels))
@@ -223,7 +223,7 @@ def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
         ids = [row["input_ids"] for row in inputs]
         predictions.write(folder, task, job.rows, ids, found, tokenizer, first=False)
         details = {"shots": 0, "shortened": shortened}
-        inference.write_results(arguments, job, folder, "trained", found, majority, started, details)
+        outcome.write_results(arguments, job, folder, "trained", found, majority, started, details)
         print(f"\n{folder} holds predictions.jsonl (every row and answer) and summary.json.")
 
 

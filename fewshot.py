@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import inference
 import prompts
-from inference import InferenceArguments, Job
+from evaluation.jobs import Job
+from inference import InferenceArguments
 from machine import processes
 from machine.errors import ArgumentError, clear_errors
 from run.arguments import parse

@@ -14,22 +14,23 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import tasks
-from engine.folders import EMBEDDED, check_folder
+from engine.folders import EMBEDDED
+from evaluation import outcome
+from evaluation.jobs import Job, load_jobs, suites_named
 from machine import processes
-from machine.errors import ArgumentError, MissingData
+from machine.errors import ArgumentError
 from machine.files import write_json
 from run import faults, prompt_record
 from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of, parse
-from run.folder import data_hash, folder_of, lock, make_folder, write_summary
+from run.folder import folder_of, lock, make_folder
 from run.parser import option
-from tasks import Task, loaders, splits
+from tasks import Task, splits
 
-EVALUATED = 400  # labelled rows per task, unless --eval_size says otherwise
 SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a run goes on
 
 
@@ -51,20 +52,6 @@ class InferenceArguments(Arguments):
     do_sample: bool = option(False, "answers", "True: sample at --model_temperature; False: greedy")
     strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
     resume: str = option("", "run", "folder of an interrupted run to finish")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One task's rows to answer."""
-
-    task: Task
-    rows: list[dict]
-    whole_split: bool
-    model: str
-
-    @property
-    def labelled(self) -> bool:
-        return all(row["label"] is not None for row in self.rows)
 
 
 def check(arguments: InferenceArguments) -> list[Task]:
@@ -94,47 +81,6 @@ def check(arguments: InferenceArguments) -> list[Task]:
                     f"--resume {arguments.resume} has --{name} {stored.get(name)}, not {value}; leave --{name} out"
                 )
     return chosen
-
-
-def suites_named(arguments: InferenceArguments) -> list[str]:
-    """The suites that `--task` names."""
-    return [name.strip() for name in arguments.task.split(",") if name.strip() in tasks.SUITES]
-
-
-def load_jobs(arguments: InferenceArguments, chosen: list[Task]) -> list[Job]:
-    """Every task's rows. MissingData names all tasks whose data is missing; a diagnostic set may be left out."""
-    jobs, missing = [], []
-    for task in chosen:
-        path = splits.task_path(task, arguments.data_path, several=len(chosen) > 1)
-        try:
-            task = splits.labelled(task, path)
-            rows, whole_split = load_rows(arguments, task, path)
-        except MissingData as error:
-            if len(chosen) > 1 and not task.in_suite_score and not arguments.submission:
-                print(f"Left out: {error}")
-            else:
-                missing.append((task, error))
-            continue
-        model_task = task.answered_by or next(t.name for t in tasks.TASKS.values() if t.folder == task.folder)
-        model = arguments.train_model_name.replace("{task}", model_task.replace("/", "-"))
-        check_folder(model, arguments.from_local)  # before hours of work on the tasks ahead of it
-        jobs.append(Job(task, rows, whole_split, model))
-    if missing:
-        others = f" (missing: {', '.join(task.name for task, _ in missing)})" if len(missing) > 1 else ""
-        raise MissingData(f"{missing[0][1]}{others}")
-    return jobs
-
-
-def load_rows(arguments: InferenceArguments, task: Task, path: str | None) -> tuple[list[dict], bool]:
-    """The rows to answer, and whether they are the whole test split. Raises DataError."""
-    size = EVALUATED if arguments.eval_size is None else arguments.eval_size
-    if arguments.split == "validation" and not Path(path or ".").is_file():
-        return splits.held_out(task, path, size)[0], False
-    everything = loaders.load(task, arguments.split, data_path=path)
-    unlabelled = any(row["label"] is None for row in everything)
-    keep_all = arguments.submission or (unlabelled and arguments.eval_size is None)
-    rows = splits.choose(task, everything, 0 if keep_all else size)
-    return rows, arguments.split == "test" and len(rows) == len(everything)
 
 
 def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[dict]]:
@@ -184,58 +130,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
 
     # 3. scores, and the leaderboard's file
     details = {"shots": len(shots[0]), "shortened": shortened}
-    return write_results(arguments, job, folder, method, answers, majority, started, details)
-
-
-def write_results(
-    arguments: Arguments,
-    job: Job,
-    folder: Path,
-    method: str,
-    answers: list,
-    majority: tuple[int | float, str],
-    started: float,
-    details: dict,
-) -> dict:
-    """Say what came out of one task's answers, and write its leaderboard file and summary. Returns the summary; {}
-    beside the main process.
-
-    majority: the most frequent label, and what it was counted in. started: time.perf_counter() before the answers.
-    details: what else the summary holds: `shots`, and how many prompts were `shortened`.
-    """
-    from evaluation import scores
-
-    if not processes.is_main():
-        return {}
-    task, rows, shortened = job.task, job.rows, details["shortened"]
-    figures = {"invalid_rate": [answer.label for answer in answers].count(None) / len(answers)}
-    details = {"split": arguments.split, "rows": len(rows), **details}
-    print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {arguments.answer_space} answers")
-    if job.labelled:
-        figures = scores.score(task, rows, answers)
-        details |= scores.details(task, rows, answers, majority[0])
-        print(scores.metrics_text(task, figures, details, majority[1]))
-    else:
-        print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
-    if task.note:
-        print(f"({task.note})")
-    if shortened:
-        print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
-    if job.whole_split and task.submission:
-        write_leaderboard_file(folder / task.submission, job, answers, majority[0])
-    asked = replace(arguments, task=task.name, train_model_name=job.model)
-    details |= {"data_hash": data_hash(rows), "seconds": round(time.perf_counter() - started, 1)}
-    return write_summary(folder, method, task, asked, {"after": figures, "best": figures}, **details)
-
-
-def write_leaderboard_file(path: Path, job: Job, answers: list, majority: int | float) -> None:
-    """Write and check a task's leaderboard file; a missing answer is filled in with the majority label."""
-    from evaluation import leaderboard, scores
-
-    labels, last_label = [answer.label for answer in answers], scores.last_label_probabilities(answers)
-    filled = leaderboard.write_submission(path, job.task, job.rows, labels, majority, last_label)
-    leaderboard.check_submission(path, job.task, job.rows)
-    print(f"Leaderboard file {path}: {filled} of its answers were filled in, as the model gave no valid one.")
+    return outcome.write_results(arguments, job, folder, method, answers, majority, started, details)
 
 
 def run(arguments: InferenceArguments, program: str, method: str = "", show: Callable = no_shots) -> None:
@@ -277,7 +172,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
             used = method or ("trained" if trained else "zero-shot")
             summaries[job.task.name] = run_job(arguments, job, engine, folder, used, show)
         if processes.is_main():
-            finish(arguments, jobs, top, summaries, several)
+            outcome.finish(arguments, jobs, top, summaries, several)
 
 
 def check_vocabularies(arguments: InferenceArguments, jobs: list[Job], engine) -> None:
@@ -306,44 +201,6 @@ def open_folder(arguments: InferenceArguments, name: Task | str, moment: datetim
     if arguments.resume:
         write_json(folder / "run.json", about | prompt_record.read(folder))
     return folder
-
-
-def finish(
-    arguments: InferenceArguments, jobs: list[Job], top: Path, summaries: dict[str, dict], several: bool
-) -> None:
-    """The suites' scores and zips, the dashboard, and where everything lies."""
-    from evaluation import leaderboard
-    from run import dashboards
-
-    scored = {name: summary["metrics"]["after"] for name, summary in summaries.items()}
-    figures = {
-        f"eval/{name}/{metric}" if several else f"eval/{metric}": value
-        for name, metrics in scored.items()
-        for metric, value in metrics.items()
-    }
-    for suite in tasks.SUITES:
-        counted = {task.name for task in tasks.suite(suite) if task.in_suite_score}
-        if counted <= {name for name, metrics in scored.items() if "score" in metrics}:
-            of_suite = {name: metrics for name, metrics in scored.items() if name in counted}
-            figures[f"eval/{suite}/score"] = write_suite_score(top, suite, of_suite, arguments.train_model_name)
-        if arguments.submission and suite in suites_named(arguments):
-            files = [top / folder_of(job.task) / job.task.submission for job in jobs if job.task.suite == suite]
-            leaderboard.write_suite_zip(top / f"{suite}.zip", suite, files)
-            print(f"\n{suite} leaderboard zip, complete and checked: {top / suite}.zip")
-    each = "for each task " if several else ""
-    print(f"\n{top} holds {each}predictions.jsonl (every prompt and answer) and summary.json.")
-    method = next(iter(summaries.values()))["method"]
-    dashboards.log_figures(arguments.report_to, top, as_dict(arguments), figures, method)
-
-
-def write_suite_score(top: Path, suite: str, of_tasks: dict[str, dict], model: str) -> float:
-    """Write <suite>.json and print the suite's score; returns the score."""
-    from evaluation import metrics
-
-    score = metrics.suite_score(suite, of_tasks)
-    write_json(top / f"{suite}.json", {"suite": suite, "score": score, "tasks": of_tasks, "model": model})
-    print(f"\n{suite} score: {100 * score:.1f} (mean over {suite}'s tasks, diagnostic sets not counted)")
-    return score
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import prompts
 import tasks
 from engine import models
 from engine.engine import Engine
-from evaluation import leaderboard, metrics, predict, predictions
+from evaluation import jobs, leaderboard, metrics, predict, predictions
 from evaluation.answer_spaces import AnswerFormat
 from machine.errors import DataError
 from run.folder import lock
@@ -331,10 +331,10 @@ def test_fewshot_runs_as_a_script(model_folder, data_root, tmp_path):
     assert shown.count("film, t") == 4 and "film, d" not in shown
 
 
-def job(data_root: Path, rows: list[dict] | None = None) -> inference.Job:
+def job(data_root: Path, rows: list[dict] | None = None) -> jobs.Job:
     task = tasks.get("SST")
     rows = rows or loaders.load(task, "validation", data_root=data_root)
-    return inference.Job(task, rows, False, "")
+    return jobs.Job(task, rows, False, "")
 
 
 def few(data_root: Path, **changes) -> fewshot.FewshotArguments:
