@@ -78,6 +78,16 @@ def load(arguments: SFTArguments, chosen: list[tuple[Task, str | None]]) -> list
     return data
 
 
+def rows_of(arguments: SFTArguments, part: TaskData) -> int:
+    """How many training rows an epoch has of a task, `--repeat_time` not counted."""
+    return arguments.lines_per_file if arguments.balance_tasks else len(part.train)
+
+
+def repeated(rows: int, wanted: int, seed: int) -> list[int]:
+    """`wanted` numbers of so many rows: each as often as any other or once more, by draw."""
+    return [*range(rows)] * (wanted // rows) + random.Random(seed).sample(range(rows), wanted % rows)
+
+
 def check_label_sets(arguments: SFTArguments, data: list[TaskData]) -> None:
     """ArgumentError unless `--loss_on label` has labels to choose among, and `--number_target soft` numbers."""
     without = [part.task.name for part in data if len(part.task.words) < 2]
@@ -95,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         check_label_sets(arguments, data)
         if arguments.max_steps is None:
             arguments.max_steps = STEPS if len(data) == 1 else 0
-        rows = sum(len(part.train) for part in data) * arguments.repeat_time
+        rows = sum(rows_of(arguments, part) for part in data) * arguments.repeat_time
         check_batch(arguments, rows, name_of(arguments, data))
         train(arguments, data, guard)
 
@@ -171,7 +181,10 @@ def dataset(arguments: SFTArguments, data: list[TaskData], tokenizer):
             columns = label_columns(arguments, number, part, built)
         else:
             columns = answer_columns(arguments, part, built, tokenizer)
-        tables.append(datasets.Dataset.from_dict(columns))
+        table = datasets.Dataset.from_dict(columns)
+        if arguments.balance_tasks:
+            table = table.select(repeated(len(table), arguments.lines_per_file, arguments.seed))
+        tables.append(table)
     return datasets.concatenate_datasets(tables * arguments.repeat_time), shortened
 
 

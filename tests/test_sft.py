@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,20 @@ def test_rows_are_repeated_and_limited_per_task(embedded):
     assert len(parts[0].train) == 2
     table, _ = sft.dataset(arguments, parts, embedded)
     assert len(table) == 6
+
+
+@pytest.mark.parametrize("loss_on", ["label", "answer"])
+def test_balanced_tasks_have_the_same_number_of_rows(loss_on, embedded):
+    """Three rows of SST and two of CB, up to seven: every row as often as any other of its task, or once more."""
+    arguments = sft.SFTArguments(data_path=str(FIXTURES), lines_per_file=7, balance_tasks=True, loss_on=loss_on)
+    known = [tasks.get("SST"), tasks.get("CB")]
+    rows = [loaders.load(task, "train", data_root=FIXTURES)[:size] for task, size in zip(known, (3, 2))]
+    table, _ = sft.dataset(arguments, [TaskData(task, part, part) for task, part in zip(known, rows)], embedded)
+    ids = table["prompt_ids" if loss_on == "label" else "input_ids"]
+    counts = [sorted(Counter(map(tuple, part)).values()) for part in (ids[:7], ids[7:])]
+    assert counts == [[2, 2, 3], [3, 4]]
+    again, _ = sft.dataset(arguments, [TaskData(task, part, part) for task, part in zip(known, rows)], embedded)
+    assert again[:] == table[:]
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "full"])

@@ -32,6 +32,9 @@ class PolicyArguments(TrainArguments):
 
     task: str = option("MR", "run", TASKS_HELP)
     datafolder_path: str = option("", "run", "folder such as data/GLUE: train on every task in it, not on --task")
+    balance_tasks: bool = option(
+        False, "training", "True: every task alike often; SFT repeats small ones up to --lines_per_file"
+    )
 
 
 ADVANTAGES = ("critic", "leave_one_out", "group", "group_mean", "batch")
