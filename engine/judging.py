@@ -12,9 +12,9 @@ from engine.trees import Answer, LabelTrie, Tree, random_stream
 
 def draw_labels(
     engine: Engine, trie: LabelTrie, states: list[torch.Tensor], sampling: Sampling, draws: int = 1
-) -> Iterator[tuple[list[tuple[int, list[tuple[int, int]]]], list[float]]]:
+) -> Iterator[tuple[list[tuple[int, list[tuple[int, int]]]], torch.Tensor]]:
     """Per prompt the states (rows, nodes, hidden) of the trie's nodes -> the labels drawn, `draws` for each row, with
-    their decisions [(node, column), ...]; and every row's probability of the last label.
+    their decisions [(node, column), ...]; and the (rows, labels) probabilities of all labels.
 
     Temperature 0 takes the most probable token each time. All draws of a prompt come from its own random stream.
     """
@@ -22,11 +22,11 @@ def draw_labels(
     for group in grouped([state.flatten(0, 1) for state in states]):
         logits = engine.logits(torch.cat([states[i] for i in group]), trie.vocabulary)
         log_probs = trie.log_probs(logits, sampling.temperature or 1.0).cpu()  # (rows, nodes, columns)
-        last_label = trie.label_log_probs(log_probs)[:, -1].exp()
+        chances = trie.label_log_probs(log_probs).exp()
         sizes = [len(states[i]) for i in group]
-        for i, rows, probabilities in zip(group, log_probs.split(sizes), last_label.split(sizes)):
+        for i, rows, probabilities in zip(group, log_probs.split(sizes), chances.split(sizes)):
             stream = random_stream(seeds[i])
-            yield [trie.choose(row, stream) for row in rows for _ in range(draws)], probabilities.tolist()
+            yield [trie.choose(row, stream) for row in rows for _ in range(draws)], probabilities
 
 
 @torch.no_grad()
@@ -45,11 +45,11 @@ def classify(
     trees = [trie.tree] * len(prompts)
     states = engine.states(prompts, trees, keep=keep)
     answers = []
-    for labels, (last_label,) in draw_labels(engine, trie, [s[None] for s in states], sampling, sampling.samples):
+    for labels, (probabilities,) in draw_labels(engine, trie, [s[None] for s in states], sampling, sampling.samples):
         answers.append([])
         for label, path in labels:
             tokens, nodes = [trie.vocabulary[column] for _, column in path], [node for node, _ in path]
-            answers[-1].append(Answer(tokens, nodes, True, words[label], label, last_label))
+            answers[-1].append(Answer(tokens, nodes, True, words[label], label, probabilities))
     return trees, answers, states
 
 
@@ -90,9 +90,10 @@ def generate_then_classify(
 
     trees, answers, states = engine.generate(prompts, sampling, keep=keep, extend=extend)
     at_labels = [state[torch.tensor(nodes)] for state, nodes in zip(states, label_nodes)]  # (answers, nodes, hidden)
-    for group, nodes_of, (labels, _) in zip(answers, label_nodes, draw_labels(engine, trie, at_labels, sampling)):
-        for answer, nodes, (label, path) in zip(group, nodes_of, labels):
-            answer.label = label
+    drawn = draw_labels(engine, trie, at_labels, sampling)
+    for group, nodes_of, (labels, probabilities) in zip(answers, label_nodes, drawn):
+        for answer, nodes, (label, path), chances in zip(group, nodes_of, labels, probabilities):
+            answer.label, answer.probabilities = label, chances
             answer.nodes += [nodes[inner] for inner, _ in path]
             answer.tokens += [trie.vocabulary[column] for _, column in path]
             answer.text += words[label]

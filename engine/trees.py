@@ -53,7 +53,7 @@ class Answer:
     ended: bool  # by the end-of-sequence token, which is not in `text`, or by the stop rule
     text: str
     label: int | None = None  # if it was chosen among the labels of a trie
-    last_label_probability: float | None = None  # if a label is all of the answer
+    probabilities: torch.Tensor | None = None  # (labels,) of the trie, if its label was chosen among them
 
 
 class LabelTrie:

@@ -72,6 +72,6 @@ def as_predictions(task: Task, logits: torch.Tensor) -> list[Prediction]:
         return [Prediction(text, float(text)) for text in texts]
     chances = torch.softmax(logits, dim=-1)
     return [
-        Prediction(task.words[label], label, last)
-        for label, last in zip(chances.argmax(-1).tolist(), chances[:, -1].tolist())
+        Prediction(task.words[label], label, last, row)
+        for label, last, row in zip(chances.argmax(-1).tolist(), chances[:, -1].tolist(), chances.numpy())
     ]

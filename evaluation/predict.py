@@ -55,7 +55,10 @@ def _predict(
         _, answers, _ = generate_then_classify(engine, prompts, sampling, trie, task.words, link)
     else:
         _, answers, _ = classify(engine, prompts, sampling, trie, task.words)
-    return [Prediction(a.text, label_of(task, a.label), a.last_label_probability) for (a,) in answers]
+    chances = [a.probabilities.numpy() for (a,) in answers]
+    # Behind an analysis of its own, no row's probability can be compared with another's.
+    last = [None if answer_format.use_CoT else float(row[-1]) for row in chances]
+    return [Prediction(a.text, label_of(task, a.label), *p) for (a,), *p in zip(answers, last, chances)]
 
 
 def _most_likely(engine: Engine, task: Task, trie: LabelTrie, prompts: list[list[int]]) -> list[Prediction]:
@@ -66,6 +69,6 @@ def _most_likely(engine: Engine, task: Task, trie: LabelTrie, prompts: list[list
     for group in grouped(states):
         log_probs = torch.log_softmax(engine.logits(torch.stack([states[i] for i in group])), dim=-1)
         totals = torch.stack([sum(log_probs[:, node, token] for node, token in path) for path in steps], dim=-1)
-        for label, chances in zip(totals.argmax(-1).tolist(), torch.softmax(totals, -1).tolist()):
-            predictions.append(Prediction(task.words[label], label_of(task, label), chances[-1]))
+        for label, chances in zip(totals.argmax(-1).tolist(), torch.softmax(totals, -1).cpu().numpy()):
+            predictions.append(Prediction(task.words[label], label_of(task, label), float(chances[-1]), chances))
     return predictions

@@ -7,9 +7,11 @@ predictions-before.jsonl.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 import rewards
 from machine import processes
@@ -25,11 +27,13 @@ UNFINISHED = f".{FILE}"  # the same file while batches are still added to it
 
 @dataclass
 class Prediction:
-    """One answer: its text, its label (None if it does not parse), and P(the last label) where that is known."""
+    """One answer: its text, its label (None if it does not parse), P(the last label) where that is known, and (labels,)
+    the probabilities of all labels, which no file keeps."""
 
     text: str
     label: int | float | None
     last_label_probability: float | None = None
+    probabilities: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 def write(

@@ -181,6 +181,7 @@ def test_logits_as_answers():
     words = tasks.get("CB").words
     assert [(p.text, p.label) for p in found] == [(words[0], 0), (words[2], 2)]
     assert found[0].last_label_probability == pytest.approx(chances[2].item())
+    assert found[0].probabilities.tolist() == pytest.approx(chances.tolist())
     numbers = classifying.as_predictions(tasks.get("STS-B"), torch.tensor([[-1.0], [2.34567], [7.0]]))
     assert [(p.text, p.label) for p in numbers] == [("0.000", 0.0), ("2.346", 2.346), ("5.000", 5.0)]
     assert {p.last_label_probability for p in numbers} == {None}

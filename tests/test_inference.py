@@ -18,7 +18,7 @@ import prompts
 import tasks
 from engine import models
 from engine.engine import Engine
-from evaluation import jobs, leaderboard, metrics, predict, predictions
+from evaluation import answer_spaces, jobs, leaderboard, metrics, predict, predictions
 from evaluation.answer_spaces import AnswerFormat
 from machine.errors import DataError
 from run.folder import lock
@@ -249,6 +249,36 @@ def test_score_is_the_label_with_the_highest_log_likelihood(name, scored):
         totals = torch.tensor([plain_log_likelihood(model, prompt, spelling) for spelling in spellings])
         assert prediction.text == task.words[int(totals.argmax())]
         assert prediction.last_label_probability == pytest.approx(float(torch.softmax(totals, -1)[-1]), abs=1e-5)
+        assert prediction.probabilities.tolist() == pytest.approx(torch.softmax(totals, -1).tolist(), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["SST", "CB", "MentalHealth"])
+def test_probabilities_are_those_of_the_labels_tokens_among_what_continues_a_label(name, scored):
+    model, tokenizer = scored
+    task = tasks.get(name)
+    rows = loaders.load(task, "train", data_root=FIXTURES)
+    task = loaders.with_labels(task, rows)
+    built, _ = prompts.build_all(task, rows, tokenizer)
+    spelling = answer_spaces.spell(task.words, tokenizer)
+    complete = [[*ids, spelling.closing[0]] for ids in spelling.words]
+    for use_CoT in (False, True):
+        answer_format = AnswerFormat(task, use_CoT)
+        found = predict.predict(Engine(model, tokenizer), answer_format, built, "labels", 4)
+        assert all(p.probabilities.sum() == pytest.approx(1, abs=1e-4) for p in found)
+        assert all((p.last_label_probability is None) == use_CoT for p in found)
+    found = predict.predict(Engine(model, tokenizer), AnswerFormat(task), built, "labels", 4)
+    for prompt, prediction in zip(built, found):
+        expected = []
+        for label in complete:
+            probability = 1.0
+            for t, token in enumerate(label):
+                options = sorted({other[t] for other in complete if other[:t] == label[:t]})
+                logits = model(torch.tensor([prompt + label[:t]])).logits[0, -1].float()
+                probability *= float(torch.softmax(logits[options], -1)[options.index(token)])
+            expected.append(probability)
+        assert prediction.probabilities.tolist() == pytest.approx(expected, abs=1e-5)
+        assert prediction.last_label_probability == prediction.probabilities[-1]
 
 
 def agrees_with_lm_evaluation_harness(model, tokenizer, rows: list[dict], batch_size: int) -> None:
