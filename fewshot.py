@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import inference
 import prompts
+from evaluation.arguments import InferenceArguments
 from evaluation.jobs import Job
-from inference import InferenceArguments
 from machine import processes
 from machine.errors import ArgumentError, clear_errors
 from run.arguments import parse

@@ -14,73 +14,19 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import tasks
-from engine.folders import EMBEDDED
 from evaluation import outcome
-from evaluation.jobs import Job, load_jobs, suites_named
+from evaluation.arguments import InferenceArguments, check
+from evaluation.jobs import Job, load_jobs
 from machine import processes
-from machine.errors import ArgumentError
 from machine.files import write_json
 from run import faults, prompt_record
-from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of, parse
+from run.arguments import parse
 from run.folder import folder_of, lock, make_folder
-from run.parser import option
 from tasks import Task, splits
-
-SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a run goes on
-
-
-@dataclass
-class InferenceArguments(Arguments):
-    """What prompting takes beside the common arguments."""
-
-    task: str = option("MR", "run", TASKS_HELP)
-    train_model_name: str = option(
-        EMBEDDED, "model", "model name or folder; {task} in it becomes the task whose model answers"
-    )
-    batch_sentence_num: int = option(256, "prompting", "rows answered and saved at a time")
-    answer_space: str = option("", "answers", ANSWER_SPACES_HELP)
-    eval_size: int | None = option(
-        None, "prompting", "rows per task; 0: all; default: 400, or all where they are unlabelled"
-    )
-    split: str = option("", "prompting", "validation (default) or test; test also writes the leaderboard file")
-    submission: bool = option(False, "prompting", "True: answer all of test and write the suite's leaderboard zip")
-    do_sample: bool = option(False, "answers", "True: sample at --model_temperature; False: greedy")
-    strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
-    resume: str = option("", "run", "folder of an interrupted run to finish")
-
-
-def check(arguments: InferenceArguments) -> list[Task]:
-    """The tasks; refuses what cannot be run and fills in defaults. Raises ArgumentError."""
-    chosen = get_tasks(arguments.task)
-    arguments.answer_space = arguments.answer_space or "labels"
-    one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
-    if arguments.answer_space == "score" and (arguments.use_CoT or arguments.do_sample):
-        raise ArgumentError(
-            "--answer_space score compares the labels' likelihoods: it needs no analysis and samples nothing; leave "
-            "--use_CoT and --do_sample at False, or use --answer_space labels"
-        )
-    arguments.split = arguments.split or ("test" if arguments.submission else "validation")
-    one_of("split", arguments.split, ("validation", "test"))
-    if arguments.submission:
-        if arguments.split != "test" or arguments.eval_size:
-            raise ArgumentError("--submission True answers the whole test split; leave out --split and --eval_size")
-        if not suites_named(arguments):
-            raise ArgumentError(f"--submission True makes a suite's zip, and --task {arguments.task} names no suite")
-    if len(chosen) > 1 and Path(arguments.data_path or ".").is_file():
-        raise ArgumentError(f"--data_path {arguments.data_path} is one file, but --task names {len(chosen)} tasks")
-    if arguments.resume:
-        stored = json.loads((Path(arguments.resume) / "arguments.json").read_text(encoding="utf-8"))
-        for name, value in as_dict(arguments).items():
-            if name not in SAME_ON_RESUME and value != stored.get(name):
-                raise ArgumentError(
-                    f"--resume {arguments.resume} has --{name} {stored.get(name)}, not {value}; leave --{name} out"
-                )
-    return chosen
 
 
 def no_shots(arguments: InferenceArguments, job: Job, tokenizer) -> list[list[dict]]:

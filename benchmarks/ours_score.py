@@ -20,8 +20,8 @@ from engine import models
 from engine.loading import load_frozen_engine
 from evaluation import predict, scores
 from evaluation.answer_spaces import AnswerFormat
+from evaluation.arguments import InferenceArguments
 from evaluation.predictions import Prediction
-from inference import InferenceArguments
 
 WARM_UP = 2  # prompts
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import classify
 import fewshot
-import inference
 import ppo
 import report
 import sft
+from evaluation.arguments import InferenceArguments
 from run.arguments import CONFIG_HELP
 from run.parser import GROUPS, options_of
 
@@ -23,7 +23,7 @@ KINDS = {
     "ppo": ppo.PPOArguments,
     "sft": sft.SFTArguments,
     "classify": classify.HeadArguments,
-    "inference": inference.InferenceArguments,
+    "inference": InferenceArguments,
     "fewshot": fewshot.FewshotArguments,
     "report": report.ReportArguments,
 }

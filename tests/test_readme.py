@@ -15,8 +15,8 @@ import pytest
 
 import prompts
 from classify import HeadArguments
+from evaluation.arguments import InferenceArguments
 from fewshot import FewshotArguments
-from inference import InferenceArguments
 from ppo import PPOArguments
 from report import ReportArguments
 from run.parser import options_of
