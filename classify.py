@@ -47,6 +47,7 @@ class HeadArguments(TrainArguments):
     # A head gives a probability for each label, once: there is nothing to generate, sample or repeat.
     use_CoT: bool = fixed(False)
     answer_space: str = fixed("labels")
+    number_answer: str = fixed("")
     model_temperature: float = fixed(1.0)
     max_response_length: int = fixed(0)
     repeat_time: int = fixed(1)

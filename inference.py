@@ -63,7 +63,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
     # 2. answers
     answers = answering.answer(
         folder,
-        answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format),
+        answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format, arguments.number_answer),
         rows,
         prompt_ids,
         engine,

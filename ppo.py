@@ -14,6 +14,7 @@ import rewards
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
+from run.answer_options import answers_text, fill_in_number_answer
 from run.arguments import get_task, one_of, parse
 from run.parser import option
 from tasks import splits
@@ -80,6 +81,7 @@ def check(arguments: PPOArguments) -> None:
     """Refuse what cannot be run, and fill in what the recipe decides. Raises ArgumentError."""
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ("labels", "free"))
+    fill_in_number_answer(arguments)
     summable = arguments.answer_space == "labels" and not arguments.use_CoT
     arguments.policy_gradient = arguments.policy_gradient or ("expected" if summable else "sampled")
     one_of("policy_gradient", arguments.policy_gradient, ("sampled", "expected"))
@@ -183,7 +185,7 @@ def train(arguments: PPOArguments, data: TaskData, reward_funcs: list[Callable],
 
     # 3. run
     run = training_run.TrainingRun("ppo", arguments, task, [data], tokenizer, guard)
-    how = f"{arguments.answer_space} answers, {arguments.policy_gradient} policy gradient"
+    how = f"{answers_text(arguments, [task])}, {arguments.policy_gradient} policy gradient"
     how += f", advantages by {arguments.advantage}" if arguments.advantage else ""
     run.announce(shortened, how)
 

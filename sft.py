@@ -15,6 +15,7 @@ from pathlib import Path
 from machine import processes
 from machine.errors import ArgumentError
 from run import faults
+from run.answer_options import answers_text, fill_in_number_answer
 from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, one_of, parse
 from run.parser import option
 from tasks import Task
@@ -51,6 +52,7 @@ def check(arguments: SFTArguments) -> None:
     """Refuse what cannot be run, and fill in defaults. Raises ArgumentError."""
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
+    fill_in_number_answer(arguments)
     one_of("loss_on", arguments.loss_on, ("label", "answer", "full"))
     one_of("number_target", arguments.number_target, ("nearest", "soft"))
     if not 0 <= arguments.label_smoothing < 1:
@@ -130,7 +132,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
 
     # 3. run
     run = training_run.TrainingRun("sft", arguments, name_of(arguments, data), data, tokenizer, guard)
-    run.announce(shortened, f"{arguments.answer_space} answers, loss on {arguments.loss_on}")
+    run.announce(shortened, f"{answers_text(arguments, [part.task for part in data])}, loss on {arguments.loss_on}")
 
     # 4. trainer
     temperature = arguments.model_temperature if arguments.do_sample else 0.0

@@ -69,9 +69,10 @@ class GRPOArguments:
 
 @dataclass
 class Answered(GRPOArguments):
-    """The arguments as a summary.json has them: with the answer space of its evaluation."""
+    """The arguments as a summary.json has them: with the answer space, and what numbers are answered."""
 
     answer_space: str = option("free", "answers", "labels or free")
+    number_answer: str = option("", "answers", "mean, or in free mode nothing")
 
 
 class StepCallback(TrainerCallback):
@@ -189,9 +190,10 @@ def evaluate(
     prompt_ids, _ = prompts.build_all(task, rows, tokenizer, max_prompt_length=arguments.max_prompt_length)
     engine = Engine(trainer.model.eval(), tokenizer)
     loading.check(engine, arguments.max_prompt_length + ANSWER_TOKENS)
-    for space, place in (("free", folder), ("labels", folder / "labels")):
+    for space, number_answer, place in (("free", "", folder), ("labels", "mean", folder / "labels")):
         place.mkdir(exist_ok=True)
-        found = predict.predict(engine, AnswerFormat(task), prompt_ids, space, ANSWER_TOKENS)
+        answer_format = AnswerFormat(task, number_answer=number_answer)
+        found = predict.predict(engine, answer_format, prompt_ids, space, ANSWER_TOKENS)
         predictions.write(place, task, rows, prompt_ids, found, tokenizer, first=False)
         figures = scores.score(task, rows, found)
         print(f"{task.name}, {space}: " + "  ".join(f"{n} {v:.3f}" for n, v in figures.items()), file=sys.stderr)
@@ -199,7 +201,7 @@ def evaluate(
             place,
             "trl-grpo",
             task,
-            Answered(**asdict(arguments), answer_space=space),
+            Answered(**asdict(arguments), answer_space=space, number_answer=number_answer),
             {"after": {"step": trainer.state.global_step, **figures}},
             data_hash=data_hash(train),
             held_out_hash=data_hash(rows),

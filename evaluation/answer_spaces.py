@@ -1,6 +1,7 @@
 """What may be answered: the label trie, the targets that SFT learns, and when generation stops."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,17 @@ from tasks import Task
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How answers to a task are read: `rewards`' functions with the task and these two options.
+    """How answers to a task are read: `rewards`' functions with the task and two options; and what a distribution over
+    a number task's numbers answers.
 
-    use_CoT: an analysis comes before the judgement. strict_format: only the closing tag ends an answer.
+    use_CoT: an analysis comes before the judgement. strict_format: only the closing tag ends an answer. number_answer:
+    "mean": the mean of the numbers; else the number that was chosen.
     """
 
     task: Task
     use_CoT: bool = False
     strict_format: bool = False
+    number_answer: str = ""
 
     @property
     def _options(self) -> dict[str, bool]:
@@ -141,6 +145,16 @@ def largest_token(task: Task, tokenizer, prompts: Iterable[Sequence[int]]) -> in
 def label_of(task: Task, index: int) -> int | float:
     """The label that the task's word with this number stands for."""
     return float(task.words[index]) if task.number else index
+
+
+def mean_number(task: Task, probabilities: Sequence[float]) -> float:
+    """The mean of a number task's numbers under (labels,) probabilities, or weights, of its words.
+
+    It minimises the expected squared error (https://arxiv.org/abs/2403.04182).
+    """
+    return math.fsum(p * float(word) for p, word in zip(probabilities, task.words, strict=True)) / math.fsum(
+        probabilities
+    )
 
 
 def analysis_closed(text: str) -> bool:

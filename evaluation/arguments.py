@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.folders import EMBEDDED
 from evaluation.jobs import suites_named
 from machine.errors import ArgumentError
+from run.answer_options import fill_in_number_answer
 from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of
 from run.parser import option
 from tasks import Task
@@ -39,6 +40,7 @@ def check(arguments: InferenceArguments) -> list[Task]:
     chosen = get_tasks(arguments.task)
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
+    fill_in_number_answer(arguments)
     if arguments.answer_space == "score" and (arguments.use_CoT or arguments.do_sample):
         raise ArgumentError(
             "--answer_space score compares the labels' likelihoods: it needs no analysis and samples nothing; leave "

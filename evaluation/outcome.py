@@ -8,6 +8,7 @@ import tasks
 from evaluation.jobs import Job, suites_named
 from machine import processes
 from machine.files import write_json
+from run.answer_options import answers_text
 from run.arguments import Arguments, as_dict
 from run.folder import data_hash, folder_of, write_summary
 
@@ -35,7 +36,7 @@ def write_results(
     task, rows, shortened = job.task, job.rows, details["shortened"]
     figures = {"invalid_rate": [answer.label for answer in answers].count(None) / len(answers)}
     details = {"split": arguments.split, "rows": len(rows), **details}
-    print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {arguments.answer_space} answers")
+    print(f"\n{task.name}, {arguments.split}, {len(rows)} rows, {method}, {answers_text(arguments, [task])}")
     if job.labelled:
         figures = scores.score(task, rows, answers)
         details |= scores.details(task, rows, answers, majority[0])

@@ -27,13 +27,14 @@ UNFINISHED = f".{FILE}"  # the same file while batches are still added to it
 
 @dataclass
 class Prediction:
-    """One answer: its text, its label (None if it does not parse), P(the last label) where that is known, and (labels,)
-    the probabilities of all labels, which no file keeps."""
+    """One answer: its text, its label (None if it does not parse), P(the last label) where that is known, (labels,) the
+    probabilities of all labels, which no file keeps, and where the label is a mean of numbers the likeliest of them."""
 
     text: str
     label: int | float | None
     last_label_probability: float | None = None
     probabilities: np.ndarray | None = field(default=None, compare=False, repr=False)
+    likeliest: float | None = None
 
 
 def write(
@@ -63,6 +64,8 @@ def _line(task: Task, row: dict, prompt: str, prediction: Prediction) -> dict:
         line |= {"entity": row["entity"], "answers": row["answers"]}
     if prediction.last_label_probability is not None:
         line["probability_of_last_label"] = prediction.last_label_probability
+    if prediction.likeliest is not None:
+        line["likeliest"] = prediction.likeliest
     return line
 
 
@@ -83,5 +86,6 @@ def read(path: Path, task: Task, rows: list[dict]) -> list[Prediction]:
                 "it was, or start a new run"
             )
         label = label_from_name(task, line["label"])
-        found.append(Prediction(line["answer"], label, line.get("probability_of_last_label")))
+        last = line.get("probability_of_last_label")
+        found.append(Prediction(line["answer"], label, last, likeliest=line.get("likeliest")))
     return found

@@ -30,7 +30,7 @@ from tasks import Task, loaders, splits
 from tasks.labels import label_name
 
 SAMPLES = 10_000  # resamples, so that p is no smaller than 0.0002
-# A score of numbers that the ledger has rounded to two decimals: they may tie, which changes ranks.
+# A score of numbers that the ledger has rounded: they may tie, which changes ranks.
 TOLERANCE, TOLERANCE_OF_NUMBERS = 1e-5, 5e-3
 READING = """# What the runs show
 
@@ -41,6 +41,7 @@ a hierarchical bootstrap: each of {samples} resamples draws seeds with replaceme
 replacement once for all of them, as they answer the same rows. With S seeds it understates the variance between seeds,
 by a factor of (S - 1) / S; with one seed there is none in it. A mean over tasks weighs each task alike. p is two-sided;
 Holm's correction is over the tasks, for each baseline apart. Of a mean, seeds are the fewest that a task has.
+Among labels, STS-B is answered with the mean of the numbers, unless a method says `likeliest number`.
 """
 
 

@@ -45,6 +45,7 @@ NOT_A_SETTING = {
     "loss_on",
     "micro_batch",
     "num_shots",
+    "number_answer",
     "output_dir",
     "policy_gradient",
     "report_to",
@@ -231,7 +232,7 @@ def read_lines(path: Path, skipped: list[str], convert: Callable[[dict], dict]) 
 
 def read_result(run: Run, task: Task) -> Result:
     """A run's result for one task."""
-    summary, given = run.summary, run.arguments
+    summary = run.summary
     moments = {moment: figures_of(task, figures, run.several) for moment, figures in summary["metrics"].items()}
     trained_on = f" on {summary['task']}" if run.several else ""
     samples, steps = summary.get("samples") or 0, summary.get("steps") or 0
@@ -240,7 +241,7 @@ def read_result(run: Run, task: Task) -> Result:
         run=run.name,
         folder=run.folder / folder_of(task) if run.several else run.folder,
         kind=kind,
-        method=f"{kind}{trained_on} ({', '.join([*answer_space(run), *manner(given)])})",
+        method=f"{kind}{trained_on} ({', '.join([*answer_space(run), *manner(run, task)])})",
         model=run.model,
         task=task,
         version=summary.get("task_version") or (task.version if run.several else None),
@@ -264,7 +265,7 @@ def before_training(run: Run, result: Result) -> list[Result]:
     adapter = run.past or (run.arguments.get("from_local") and not whole_model(run.model))
     if run.method not in (SFT, PPO) or "before" not in run.summary["metrics"] or adapter:
         return []
-    style = ", ".join([answer_space(run)[0], *manner(run.arguments)])
+    style = ", ".join([answer_space(run)[0], *manner(run, result.task)])
     return [
         replace(
             result,
@@ -323,10 +324,14 @@ def objective(training: dict) -> list[str]:
     return names
 
 
-def manner(given: dict) -> list[str]:
-    """Departures from greedy answers without an analysis in the usual format."""
+def manner(run: Run, task: Task) -> list[str]:
+    """Departures from greedy answers without an analysis in the usual format; of numbers, from their mean."""
     names = {"use_CoT": "chain of thought", "strict_format": "strict format", "do_sample": "sampled answers"}
-    return [name for argument, name in names.items() if given.get(argument)]
+    given = run.arguments
+    found = [name for argument, name in names.items() if given.get(argument)]
+    compared = answer_space(run)[0] in ("labels", "score") and not given.get("do_sample")
+    likeliest = given.get("number_answer", "likeliest") == "likeliest"  # which is what older runs answered
+    return [*found, "likeliest number"] if task.number and compared and likeliest else found
 
 
 def settings_of(run: Run) -> dict:

@@ -151,10 +151,10 @@ def _from_text(line: dict[str, str]) -> Entry:
 
 def pack(task: Task, labels: list[int | float | None]) -> str:
     """The predicted labels as text: a digit (from class 10 on a letter) for each row. Of a number task the numbers with
-    at most two decimals, and of one with more classes than digits their ids, between spaces. `-` stands for an answer
+    at most three decimals, and of one with more classes than digits their ids, between spaces. `-` stands for an answer
     that did not parse."""
     if task.number:
-        return " ".join(INVALID if x is None else f"{x:.2f}".rstrip("0").rstrip(".") for x in labels)
+        return " ".join(INVALID if x is None else f"{x:.3f}".rstrip("0").rstrip(".") for x in labels)
     if len(task.labels) > len(DIGITS):
         return " ".join(INVALID if x is None else str(x) for x in labels)
     return "".join(INVALID if x is None else DIGITS[x] for x in labels)

@@ -18,7 +18,8 @@ READING = (
     "All figures are times 100. Each method has its mean over the runs, in brackets the 95% bootstrap interval over "
     "the rows, and for several runs (seeds) in parentheses the lowest, the highest and their number. All are of a "
     "run's last evaluation; best/ asked again on the rows that it was chosen by is biased upwards. If a task has no "
-    "line for the invalid rate, every answer of every method was valid."
+    "line for the invalid rate, every answer of every method was valid. Among labels, STS-B is answered "
+    "with the mean of the numbers, unless a method says `likeliest number`."
 )
 LATEX = {
     "\\": r"\textbackslash{}",

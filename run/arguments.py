@@ -53,6 +53,7 @@ class Arguments:
     )
     max_response_length: int = option(0, "answers", "tokens in an answer; 0: 16, or 96 with --use_CoT True")
     answer_space: str = option("", "answers", "labels (default): only the task's labels; free: any token")
+    number_answer: str = option("", "answers", "STS-B, among labels: mean of the numbers (default), or likeliest")
     tokens_per_micro_batch: int | None = option(None, "model", "tokens per forward pass; default: by free memory")
     eval_size: int = option(400, "evaluation and saving", "held-out rows to evaluate on; 0: all")
     output_dir: str = option("", "run", "folder of the run; default: a new one below model/")

@@ -87,7 +87,7 @@ def test_seeds_that_differ_widen_the_interval_around_their_mean(name):
     "name, labels, text",
     [
         ("SST", [0, 1, None, 1], "01-1"),
-        ("STS-B", [3.8, None, 5.0, 2.0, 0.125, 0.0], "3.8 - 5 2 0.12 0"),
+        ("STS-B", [3.8, None, 5.0, 2.0, 0.1254, 0.0], "3.8 - 5 2 0.125 0"),
         ("SST", [11], "b"),
     ],
 )

@@ -300,7 +300,7 @@ def test_an_adapter_is_named_by_what_trained_it(tmp_path):
 def make_scored(root: Path, task: str, value: float, place: str = "") -> None:
     scores = {name: value for name in (*tasks.get(task).metrics, "score")} | {"invalid_rate": 0.0}
     about = {"task": task, "metrics": {"after": scores, "best": scores}}
-    make_run(root, place or task, "zero-shot", flipped(), keep_answers=False, summary=about)
+    make_run(root, place or task, "zero-shot", flipped(), keep_answers=False, summary=about, number_answer="mean")
 
 
 def test_the_suite_score_counts_mnli_once_and_says_when_tasks_are_missing(tmp_path):

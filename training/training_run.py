@@ -130,7 +130,7 @@ class HeldOutEvaluation:
 
         how: further arguments of predict.predict (temperature, seed).
         """
-        self.use_CoT, self.strict_format = arguments.use_CoT, strict_format
+        self.reading = arguments.use_CoT, strict_format, arguments.number_answer  # options of AnswerFormat
         self.answer_space, self.max_response_length = arguments.answer_space, arguments.max_response_length
         self.data, self.folder, self.how = data, folder, how
         self.answer = answer or self._generate
@@ -151,7 +151,7 @@ class HeldOutEvaluation:
         return means | {f"{task}/{name}": value for task, found in figures.items() for name, value in found.items()}
 
     def _generate(self, engine: Engine, part: TaskData) -> list[Prediction]:
-        answer_format = answer_spaces.AnswerFormat(part.task, self.use_CoT, self.strict_format)
+        answer_format = answer_spaces.AnswerFormat(part.task, *self.reading)
         return predict.predict(
             engine, answer_format, part.held_out_prompts, self.answer_space, self.max_response_length, **self.how
         )
