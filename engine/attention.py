@@ -27,6 +27,7 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 SHORTEST = 128  # tokens; with a shorter prefix `shared_prefix` gains nothing
 Row = tuple[int, int, torch.Tensor | None]  # first token, the one after the last, and (tokens, tokens) 0 or -inf
 Shared = tuple[torch.Tensor, torch.Tensor]  # keys and values
+NOTHING = None, None
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ class PackedLayer(DynamicLayer):
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether this works for the model where every token attends to all tokens before it: float32 on a CPU, and
-    attention through transformers' AttentionInterface or alibi.py."""
+    """Whether this works for the model where every token attends to all tokens before it: on a CPU in float32 or
+    bfloat16, and attention through transformers' AttentionInterface or alibi.py."""
     weight, config = model.get_output_embeddings().weight, model.config.get_text_config()
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and weight.dtype in (torch.float32, torch.bfloat16)
         and (
             alibi.fit(model.base_model) is not None
             or getattr(model, "_supports_attention_backend", False)
@@ -119,7 +120,8 @@ def in_use(model: PreTrainedModel, function: Callable) -> Iterator[None]:
 
 def shared_prefix(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """query (rows, heads, tokens, size), key and value of PrefixLayer.update -> (rows, tokens, heads, size), None."""
-    keys, values = key.prefix
+    dtype = query.dtype
+    query, key, value, keys, values = (x.float() for x in (query, key, value, *key.prefix))
     rows, heads, tokens, size = query.shape
     groups = heads // keys.shape[1]
     grouped = query.view(rows, -1, groups, tokens, size).transpose(0, 1)  # (key heads, rows, groups, tokens, size)
@@ -129,7 +131,7 @@ def shared_prefix(module, query, key, value, attention_mask, scaling=None, **kwa
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     own, own_sum = _attend(query, key, value, attention_mask, scaling)
     mean = torch.lerp(own, prefix, torch.sigmoid(prefix_sum - own_sum)[..., None])
-    return mean.transpose(1, 2).contiguous(), None
+    return mean.transpose(1, 2).to(dtype).contiguous(), None
 
 
 def masked(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -145,8 +147,9 @@ def masked(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
 def packed(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """query (1, heads, tokens, size), key and value of PackedLayer.update -> (1, tokens, heads, size), None."""
     prefix, past, packing = key.packed_with
-    nothing = None, None
-    return Packed.apply(query, key, value, *(prefix or nothing), *(past or nothing), packing, scaling), None
+    # In float32 throughout: results and gradients of several parts are added up, each of which would be rounded.
+    parts = [x if x is None else x.float() for x in (query, key, value, *(prefix or NOTHING), *(past or NOTHING))]
+    return Packed.apply(*parts, packing, scaling).to(query.dtype), None
 
 
 class Packed(torch.autograd.Function):
