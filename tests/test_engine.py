@@ -1,6 +1,7 @@
 """The engine against the plain forward of transformers: states, gradients, answers, and the trie of labels."""
 
 import contextlib
+import copy
 import math
 import random
 from itertools import pairwise
@@ -176,6 +177,40 @@ def test_gradients_equal_the_plain_forward(kind, case, tokenizer):
             loss.backward()
         assert sorted(seen) == list(range(len(prompts)))
         assert all((x - y).norm() < most for x, y, most in zip(gradients(), expected, allowed))
+
+
+@pytest.mark.usefixtures("any_prefix")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_exact_as_in_the_plain_forward(kind, tokenizer):
+    prompts = PROMPTS["prefix"]
+    trees = trees_for(prompts)
+    torch.manual_seed(3)
+    weights = torch.randn(sum(map(len, trees)), SIZE)
+    exact = tiny_model(kind).to(torch.bfloat16).float()  # the same weights, computed with in float32
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+    exact, rounded = with_lora(exact), with_lora(rounded)
+
+    def gradient(model, logits: torch.Tensor) -> torch.Tensor:
+        (weights * torch.log_softmax(logits.float(), -1)).sum().backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+        return found
+
+    def both(model, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits.detach().float(), gradient(model, logits)
+
+    expected = both(exact, torch.cat(plain_logits(exact, prompts, trees)))
+    plain = both(rounded, torch.cat(plain_logits(rounded, prompts, trees)))
+    engine, parts = Engine(rounded, tokenizer, 40), weights.split(list(map(len, trees)))
+    logits = [torch.empty(0)] * len(prompts)
+    for rows, states in engine.training_batches(prompts, trees):
+        for i, state in zip(rows, states):
+            logits[i] = engine.logits(state[: len(trees[i])])
+        mine = torch.cat([parts[i] for i in rows])
+        (mine * torch.log_softmax(torch.cat([logits[i] for i in rows]), -1)).sum().backward()
+    total = torch.cat([p.grad.flatten() for p in rounded.parameters() if p.requires_grad])
+    for found, usual, wanted in zip((torch.cat(logits), total), plain, expected):
+        assert error(found, wanted) < 1.5 * error(usual, wanted)
 
 
 def model_of(kind: str) -> torch.nn.Module:
