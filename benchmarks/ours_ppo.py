@@ -46,9 +46,12 @@ class ClockCallback(TrainerCallback):
         self.clock, self.trainer = common.Clock(), None
         self.inputs, self.until, self.time_limit = inputs, until, time_limit
         self.prompts: list[list[list[int]]] = []  # of every step
+        self.first_step = 0.0  # seconds from the start of the process, with the evaluation before training
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
+        if not self.clock.steps:
+            self.first_step = self.began - common.STARTED
 
     def on_step_end(self, args, state, control, **kwargs):
         self.clock.steps.append(time.perf_counter() - self.began)
@@ -141,6 +144,7 @@ def main() -> None:
         shutil.rmtree(folder)
     trainer = callback.trainer
     figures = callback.clock.figures(trainer.args.per_device_train_batch_size * trainer.samples_per_prompt)
+    figures["first_step_seconds"] = round(callback.first_step, 2)
     lengths = [line["objective/response_length"] for line in lines if "objective/response_length" in line]
     figures["response_tokens"] = sum(lengths) / len(lengths) if lengths else 1.0  # summed over all labels: one token
     shown = [len(prompt) for prompts in callback.prompts for prompt in prompts]

@@ -52,6 +52,7 @@ class Plan:
     eval_steps: int = 8
     held_out: int = 400
     ours_to_accuracy: tuple[str, ...] = ()
+    whole_command: tuple[str, ...] = ()  # more of its arguments
 
 
 # As little as possible of every kind of work.
@@ -79,6 +80,7 @@ QUICK = dict(
     eval_steps=1,
     held_out=4,
     ours_to_accuracy=("--max_steps", "1", "--batch_sentence_num", "2"),
+    whole_command=("--max_steps", "1", "--batch_sentence_num", "2", "--eval_size", "4"),
 )
 
 
@@ -244,7 +246,8 @@ def growth_jobs(plan: Plan) -> Iterator[Job]:
 
 
 def accuracy_jobs(plan: Plan) -> Iterator[Job]:
-    """e: training with frequent evaluation until the highest target; TRL on the first seed, up to the time limit."""
+    """e: training with frequent evaluation until the highest target; TRL on the first seed, up to the time limit; the
+    command as users run it, from start to end."""
     until = ("--until", str(max(report.TARGETS)))
     data = f"MR, accuracy on {plan.held_out} held-out rows every so many steps"
     for seed in plan.seeds:
@@ -264,6 +267,9 @@ def accuracy_jobs(plan: Plan) -> Iterator[Job]:
                 conditions = {"learning_rate": rate, "batch": plan.accuracy_batch, "ppo_epochs": plan.accuracy_epochs}
                 program = micro_batched(name, plan)
                 yield Job(program=program, conditions=conditions, command=command, environment=environment, **where)
+        command = ours("ours_ppo", "--", "--seed", str(seed), *plan.whole_command)
+        where |= dict(data=f"MR, {plan.held_out} held-out rows before and after", prepare=())
+        yield Job(program=report.DEFAULT, conditions={"command": "ppo.py --task MR"}, command=command, **where)
 
 
 JOBS = {"a": all_cost_jobs, "b": scoring_jobs, "c": share_jobs, "d": growth_jobs, "e": accuracy_jobs}

@@ -178,6 +178,13 @@ COLUMNS: dict[str, dict[str, Callable[[list[dict], dict], str]]] = {
         "samples": lambda runs, beside: ", ".join(str(result["samples"]) for result in runs),
         **MEMORY,
     },
+    "e command": {
+        "first step after s": of("first_step_seconds"),
+        "steps s": lambda runs, beside: spread([sum(r["step_seconds"]) for r in runs]),
+        "whole command s": of("wall_seconds"),
+        "score": lambda runs, beside: spread([r["evaluations"][-1]["score"] for r in runs]),
+        **MEMORY,
+    },
 }
 
 

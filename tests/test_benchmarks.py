@@ -197,6 +197,15 @@ def test_time_to_an_accuracy_is_that_of_the_first_evaluation_that_has_it():
     assert (row["85%: training s"], row["85%: samples"]) == ("not reached", "-")
 
 
+def test_a_whole_command_has_its_own_table():
+    evaluations = [dict(step=0, score=0.6), dict(step=2, score=0.9)]
+    result = dict(evaluations=evaluations, step_seconds=[2.0, 3.0], first_step_seconds=7.5, wall_seconds=20.0)
+    text = report.render([record(report.DEFAULT, benchmark="e", conditions={"command": "ppo.py"}, **result)])
+    row = dict(zip(cells(text, "program"), cells(text, report.DEFAULT), strict=True))
+    assert (row["first step after s"], row["steps s"], row["whole command s"]) == ("7.50", "5.00", "20.0")
+    assert row["score"] == "0.900"
+
+
 def test_growth_has_a_table_for_each_thing_that_grows():
     cost = dict(benchmark="d", seconds_per_sample=1.0)
     scored = dict(samples=4, seconds=2.0, score=0.5, samples_per_second=2.0)
