@@ -58,7 +58,7 @@ class HeadArguments(TrainArguments):
 
 def check(arguments: HeadArguments) -> Task:
     """The task; refuses what cannot be run, and fills in defaults. Raises ArgumentError."""
-    task = get_task(arguments.task)
+    task = get_task(arguments)
     if processes.LAUNCHED_FOR in processes.SHARDING:
         raise ArgumentError(
             f"{processes.LAUNCHED_FOR} shards the weights, and classify.py keeps the whole model in each process; "

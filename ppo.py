@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(PPOArguments, __doc__.splitlines()[0], argv)
     with faults.guard("ppo.py") as guard:
         check(arguments)
-        task = get_task(arguments.task)
+        task = get_task(arguments)
         data = load_rows(arguments, task, splits.task_path(task, arguments.data_path))
         check_batch(arguments, len(data.train), task.name)
         train(arguments, data, load_rewards(arguments, data), guard)

@@ -16,33 +16,20 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine import templates, tokens
 from machine.errors import ModelError, PromptError
 from rewards import ANALYSIS, ANALYSIS_END, JUDGEMENT, JUDGEMENT_END
 from tasks import Task
+from tasks.labels import number_text
+from tasks.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_PROMPT_LENGTH = 512
 TOKENIZED_AT_ONCE = 1000  # larger batches are faster, but what the tokenizer returns besides the ids takes memory
-
-
-@dataclass(frozen=True)
-class Wording:
-    """The text around a task's row.
-
-    `{words}` stands for the task's label words ("negative or positive") and, in the instruction, `{answers}` for the
-    same words between tags. All other braces are fields of the row. The instruction has none of them, because all
-    prompts of the task share it.
-    """
-
-    instruction: str
-    body: str
-    question: str
 
 
 def between_tags(*words: str) -> str:
@@ -258,9 +245,19 @@ def fit(
 
 def row_text(task: Task, row: dict) -> str:
     """What a row's prompt asks, for people: the row's texts and the question, without instruction and template."""
-    wording = WORDINGS[task.name]
+    wording = wording_of(task)
     fields = {name: str(row[name]) for name in task.fields}
-    return f"{wording.body}\n{wording.question}".format(words=listed(task.words), **fields)
+    return f"{wording.body}\n{wording.question}".format(words=listed(shown_words(task)), **fields)
+
+
+def wording_of(task: Task) -> Wording:
+    """The task's own wording, or that of WORDINGS."""
+    return task.wording or WORDINGS[task.name]
+
+
+def shown_words(task: Task) -> tuple[str, ...]:
+    """The words that a prompt names: all, of a number task about six."""
+    return task.words[:: max(1, (len(task.words) - 1) // 5)] if task.number else task.words
 
 
 def target(task: Task, row: dict) -> str:
@@ -269,8 +266,8 @@ def target(task: Task, row: dict) -> str:
 
 
 def answer_word(task: Task, label: int | float) -> str:
-    """The verbalizer: a class's word, or the number with one decimal."""
-    return f"{label:.1f}" if task.number else task.words[label]
+    """The verbalizer: a class's word, or the number with as many decimals as the task's numbers have."""
+    return number_text(task, label) if task.number else task.words[label]
 
 
 def listed(words: tuple[str, ...]) -> str:
@@ -288,10 +285,10 @@ def render(
 ) -> str:
     """A prompt as text. shots: the texts and the answer word of every demonstration. thought_end: that of the
     tokenizer's template (templates.thought_end)."""
-    wording = WORDINGS[task.name]
+    wording = wording_of(task)
     # Braces in a row's text stay as they are: a text is filled in once and never read as a template.
-    words, template = listed(task.words), f"{wording.body}\n{wording.question}"
-    instruction = wording.instruction.format(words=words, answers=between_tags(*task.words))
+    words, template = listed(shown_words(task)), f"{wording.body}\n{wording.question}"
+    instruction = wording.instruction.format(words=words, answers=between_tags(*shown_words(task)))
     users = [template.format(words=words, **shown) for shown in [*(shot for shot, _ in shots), texts]]
     answers = [between_tags(word) for _, word in shots]
     if use_CoT:

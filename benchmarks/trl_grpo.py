@@ -215,8 +215,8 @@ def run(arguments: GRPOArguments) -> None:
     """Train, and evaluate if there is a folder. ArgumentError, DataError, ModelError and PromptError say what is wrong
     with the input."""
     check(arguments)
-    path = splits.task_path(get_task(arguments.task), arguments.data_path)
-    task = splits.labelled(get_task(arguments.task), path)
+    path = splits.task_path(get_task(arguments), arguments.data_path)
+    task = splits.labelled(get_task(arguments), path)
     train, held_out = splits.train_and_held_out(task, path, arguments.eval_size, arguments.seed)
     rows = rows_in_order(train, arguments.seed, arguments.rows)
     tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local)

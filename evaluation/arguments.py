@@ -19,7 +19,7 @@ SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a
 class InferenceArguments(Arguments):
     """What prompting takes beside the common arguments."""
 
-    task: str = option("MR", "run", TASKS_HELP)
+    task: str = option("", "run", TASKS_HELP)
     train_model_name: str = option(
         EMBEDDED, "model", "model name or folder; {task} in it becomes the task whose model answers"
     )
@@ -37,7 +37,7 @@ class InferenceArguments(Arguments):
 
 def check(arguments: InferenceArguments) -> list[Task]:
     """The tasks; refuses what cannot be run and fills in defaults. Raises ArgumentError."""
-    chosen = get_tasks(arguments.task)
+    chosen = get_tasks(arguments)
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
     fill_in_number_answer(arguments)

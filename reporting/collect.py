@@ -28,7 +28,7 @@ from reporting.results import (
     setup,
 )
 from run.folder import ROOT, folder_of
-from tasks import Task
+from tasks import Task, own
 
 PROMPT_END = 600  # characters of each prompt that are kept
 # Arguments that may differ between runs of one method: they do not change what is learned or answered.
@@ -107,6 +107,10 @@ class Run:
     def tasks(self) -> list[str]:
         return self.summary["tasks"] if self.several else [self.summary["task"]]
 
+    def task(self, name: str) -> Task:
+        """The task of this name; one of somebody's own stands in the run's folder."""
+        return own.task_of_run(self.folder / name.replace("/", "-") if self.several else self.folder, name)
+
 
 def collect(root: Path) -> Collection:
     """All runs below a folder, in the order of their names. What cannot be read is left out and named."""
@@ -130,7 +134,7 @@ def collect(root: Path) -> Collection:
         run = Run(name, folder, summary, history, origin(summary, known), *lineage(summary, known))
         for task in run.tasks:
             try:
-                result = read_result(run, tasks.get(task))
+                result = read_result(run, run.task(task))
                 starts += before_training(run, result)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 found.skipped.append(f"{folder / 'summary.json'} is not as a run writes it ({error!r})")
@@ -201,8 +205,6 @@ def read_summary(path: Path) -> dict:
         raise ValueError("has no numbers of the moment 'after' in 'metrics'")
     if summary["method"] not in METHODS:
         raise ValueError(f"has the unknown method {summary['method']!r}")
-    for name in summary.get("tasks") or [summary["task"]]:
-        tasks.get(name)
     return summary
 
 

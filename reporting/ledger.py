@@ -114,7 +114,7 @@ def append(folder: Path, path: Path, processor: str = "") -> list[Entry]:
     if not new:
         raise ArgumentError(f"{folder} holds no finished run whose predictions.jsonl fits its summary.json")
     lines = {entry.key: entry for entry in [*read(path), *new]}
-    order = [*tasks.TASKS]
+    order = [*tasks.TASKS]  # `entries` gives no other task
     data = to_csv(sorted(lines.values(), key=lambda entry: (order.index(entry.task), entry.key)))
     write_atomically(path, lambda file: file.write(data.encode()))
     return new
@@ -179,7 +179,7 @@ def entries(folder: Path, processor: str) -> Iterator[Entry]:
     for reason in found.skipped:
         print(f"reporting.ledger: warning: {reason}", file=sys.stderr)
     for result in found.results:
-        if not result.answers or not result.scored:
+        if not result.answers or not result.scored or result.task.name not in tasks.TASKS:
             continue
         before_training = result.run.endswith(START)
         run = folder / result.run.removesuffix(START)

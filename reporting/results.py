@@ -185,6 +185,7 @@ def grouped(results: list[Result]) -> list[Group]:
 
     def position(group: Group) -> tuple:
         model, task, split, version = group.key
-        return model, order.index(task), split != "validation", version or 0, rank(group), group.method
+        place = order.index(task) if task in order else len(order)
+        return model, place, task, split != "validation", version or 0, rank(group), group.method
 
     return sorted(groups, key=position)

@@ -19,7 +19,7 @@ from machine import processes
 from machine.errors import ArgumentError, clear_errors
 from prompts import MAX_PROMPT_LENGTH
 from run.parser import Parser, option, option_types, options_of
-from tasks import Task
+from tasks import Task, guessing, own, tables
 
 # Notes from one library to the other about names that will change; a user can do nothing about them.
 warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl|accelerate)")
@@ -28,7 +28,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
 ANSWER_SPACES = ("labels", "free", "score")
 ANSWER_SPACES_HELP = "labels (default): only the task's labels; free: any token; score: likeliest one"
-TASKS_HELP = "a task, several as SST,RTE, or a suite: GLUE or SuperGLUE"
+TASK_HELP = "a task, a table or a YAML file; default: MR, or what --data_path is"
+TASKS_HELP = "tasks such as SST,RTE, a suite, a table or a YAML file; default: MR, or what --data_path is"
 CONFIG_HELP = "YAML file with any of these options; the command line overrides it"
 
 
@@ -36,13 +37,17 @@ CONFIG_HELP = "YAML file with any of these options; the command line overrides i
 class Arguments:
     """The arguments of all four scripts, with one meaning each."""
 
-    task: str = option("MR", "run", "task name, as in tasks/table.py")
+    task: str = option("", "run", TASK_HELP)
     train_model_name: str = option(
         EMBEDDED, "model", "the embedded model, a hub name, or with --from_local True a folder"
     )
     from_local: bool = option(False, "model", "True: --train_model_name is a folder with an adapter or a whole model")
     use_CoT: bool = option(False, "answers", "True: the model writes an analysis before its judgement")
-    data_path: str = option("", "run", "file or folder in the task's format, in place of the one below data/")
+    data_path: str = option(
+        "", "run", "a table, which is the task; with --task, or a folder: its rows, in place of data/"
+    )
+    text_columns: str = option("", "run", "a table's columns of texts, as subject,body; default: by their names")
+    label_column: str = option("", "run", "a table's column of labels; default: by its name")
     batch_sentence_num: int = option(32, "run", "prompts per step")
     model_temperature: float = option(1.0, "answers", "sampling temperature")
     load_in_8bit: bool = option(False, "model", "True: the base model's linear layers with 8-bit weights")
@@ -166,6 +171,7 @@ def _check_common(arguments: Arguments) -> None:
         )
     if "{task}" not in arguments.train_model_name:  # inference.py looks for each of several models
         check_folder(arguments.train_model_name, arguments.from_local)
+    _fill_in_task(arguments)
     arguments.max_response_length = arguments.max_response_length or (96 if arguments.use_CoT else 16)
 
 
@@ -230,21 +236,58 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ArgumentError(f"--{name} {value} must be one of {', '.join(choices)}")
 
 
-def get_task(name: str) -> Task:
-    """The task of `--task`; ArgumentError with the known names if there is none."""
+def get_task(arguments: Arguments) -> Task:
+    """The one task of `--task`. Raises ArgumentError, also for several, and DataError for a file that is no task."""
+    chosen = get_tasks(arguments)
+    if len(chosen) > 1:
+        raise ArgumentError(f"--task {arguments.task} names {len(chosen)} tasks; name one")
+    return chosen[0]
+
+
+def get_tasks(arguments: Arguments) -> list[Task]:
+    """The tasks of `--task`: names, suites, YAML files and tables, with commas between.
+
+    Raises ArgumentError for an unknown name and a task that is named twice, DataError for a file that is no task.
+    """
+    given, chosen = arguments.task, []
+    listed = [given] if Path(given).is_file() else [name.strip() for name in given.split(",")]
+    for name in listed:
+        chosen += tasks.suite(name) if name in tasks.SUITES else [_named_task(name, arguments)]
+    if len({task.name for task in chosen}) < len(chosen):
+        raise ArgumentError(f"--task {given} names a task twice")
+    named = {"text_columns": arguments.text_columns, "label_column": arguments.label_column}
+    for option_, value in named.items():
+        if value and not any(tables.is_table(name) for name in listed):
+            raise ArgumentError(f"--{option_} {value} names columns of a table, and --task {given} is none; leave it out")
+    return chosen
+
+
+def _named_task(name: str, arguments: Arguments) -> Task:
+    """The task of a name in `--task`, which may be a file."""
+    if own.is_task_file(name):
+        return own.read_task(name)
+    if tables.is_table(name):
+        return guessing.task_of(name, arguments.text_columns, arguments.label_column)
     try:
         return tasks.get(name)
     except ValueError as error:
         raise ArgumentError(f"--task {name}: {error}") from error
 
 
-def get_tasks(names: str) -> list[Task]:
-    """The tasks of a `--task` that may be a list (SST,RTE) or a suite; ArgumentError also for a task named twice."""
-    listed = [name.strip() for name in names.split(",")]
-    chosen = [task for name in listed for task in (tasks.suite(name) if name in tasks.SUITES else [get_task(name)])]
-    if len({task.name for task in chosen}) < len(chosen):
-        raise ArgumentError(f"--task {names} names a task twice")
-    return chosen
+def _fill_in_task(arguments: Arguments) -> None:
+    """Without `--task` a checkpoint has its own, and a file is one: `--data_path tickets.csv`."""
+    if arguments.task:
+        return
+    kept = own.kept_task(arguments.train_model_name) if arguments.from_local else None
+    file = Path(arguments.data_path or ".")
+    if kept is not None:
+        arguments.task = str(kept)
+    elif file.is_file() and file.suffix.lower() != ".txt":  # of the tables' tasks one comes as .txt: MR
+        arguments.task, arguments.data_path = arguments.data_path, ""
+        if not own.is_task_file(arguments.task):
+            tables.check_suffix(arguments.task)
+    else:
+        arguments.task = "MR"
 
 
 def as_dict(arguments: Arguments) -> dict:

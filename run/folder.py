@@ -21,7 +21,7 @@ from machine.files import UNFINISHED_PREFIX, free_name, write_json
 from run import checkpoints, prompt_record
 from run.arguments import Arguments, as_dict, run_folder
 from run.history import trim_history
-from tasks import Task
+from tasks import Task, own
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ".lock"
@@ -283,5 +283,7 @@ def write_summary(
         "arguments": as_dict(arguments),
         **more,
     }
+    if not isinstance(task, str):
+        own.keep_task(folder, task)
     write_json(folder / "summary.json", summary)
     return summary

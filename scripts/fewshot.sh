@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # a task, several as SST,RTE, or a suite: GLUE or SuperGLUE
+task="${TASK:-}"                               # a task, a table, a YAML file, several as SST,RTE, or a suite; default: --data_path's file, or MR
 num_shots="${NUM_SHOTS:-}"                     # demonstrations before each question, from the training split
 from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
@@ -22,6 +22,8 @@ seed="${SEED:-}"                               # seed of the data order, the sam
 options=(
     # --- run
     # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --text_columns subject,body     # a table's columns of texts, as subject,body; default: by their names
+    # --label_column queue            # a table's column of labels; default: by its name
     # --resume model/run              # folder of an interrupted run to finish
     # --config run.yaml               # YAML file with any of these options; the command line overrides it
     # --- model
@@ -53,6 +55,6 @@ bash "$root/scripts/setup.sh"
 export WANDB_PROJECT="$project"
 # A run that goes on keeps its own settings; only what is typed may change them.
 case " $* " in *" --resume"*) exec "$root/.venv/bin/python" "$root/fewshot.py" "$@" ;; esac
-exec "$root/.venv/bin/python" "$root/fewshot.py" --task "$task" --train_model_name "$model_path" \
+exec "$root/.venv/bin/python" "$root/fewshot.py" ${task:+--task "$task"} --train_model_name "$model_path" \
     ${num_shots:+--num_shots "$num_shots"} ${from_local:+--from_local "$from_local"} ${use_CoT:+--use_CoT "$use_CoT"} \
     ${output_dir:+--output_dir "$output_dir"} ${seed:+--seed "$seed"} ${options[@]+"${options[@]}"} "$@"

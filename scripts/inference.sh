@@ -12,7 +12,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # a task, several as SST,RTE, or a suite: GLUE or SuperGLUE
+task="${TASK:-}"                               # a task, a table, a YAML file, several as SST,RTE, or a suite; default: --data_path's file, or MR
 from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
 model_path="${MODEL:-SmolLM2-135M-Instruct}"   # model name or folder; {task} in it becomes the task whose model answers
@@ -24,6 +24,8 @@ seed="${SEED:-}"                               # seed of the data order, the sam
 options=(
     # --- run
     # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --text_columns subject,body     # a table's columns of texts, as subject,body; default: by their names
+    # --label_column queue            # a table's column of labels; default: by its name
     # --resume model/run              # folder of an interrupted run to finish
     # --config run.yaml               # YAML file with any of these options; the command line overrides it
     # --- model
@@ -54,6 +56,6 @@ bash "$root/scripts/setup.sh"
 export WANDB_PROJECT="$project"
 # A run that goes on keeps its own settings; only what is typed may change them.
 case " $* " in *" --resume"*) exec "$root/.venv/bin/python" "$root/inference.py" "$@" ;; esac
-exec "$root/.venv/bin/python" "$root/inference.py" --task "$task" --train_model_name "$model_path" \
+exec "$root/.venv/bin/python" "$root/inference.py" ${task:+--task "$task"} --train_model_name "$model_path" \
     ${from_local:+--from_local "$from_local"} ${use_CoT:+--use_CoT "$use_CoT"} \
     ${output_dir:+--output_dir "$output_dir"} ${seed:+--seed "$seed"} ${options[@]+"${options[@]}"} "$@"

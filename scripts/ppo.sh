@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-MR}"                             # task name, as in tasks/table.py
+task="${TASK:-}"                               # a task's name, a table or a YAML file; default: the file of --data_path, the checkpoint's task, or MR
 from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
 model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded model, a hub name, or with --from_local True a folder
@@ -21,6 +21,8 @@ seed="${SEED:-}"                               # seed of the data order, the sam
 options=(
     # --- run
     # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --text_columns subject,body     # a table's columns of texts, as subject,body; default: by their names
+    # --label_column queue            # a table's column of labels; default: by its name
     # --resume model/run              # folder of the run to continue, from its last checkpoint
     # --config run.yaml               # YAML file with any of these options; the command line overrides it
     # --- model
@@ -79,6 +81,6 @@ bash "$root/scripts/setup.sh"
 export WANDB_PROJECT="$project"
 # A run that goes on keeps its own settings; only what is typed may change them.
 case " $* " in *" --resume"*) exec "$root/.venv/bin/python" "$root/ppo.py" "$@" ;; esac
-exec "$root/.venv/bin/python" "$root/ppo.py" --task "$task" --train_model_name "$model_path" \
+exec "$root/.venv/bin/python" "$root/ppo.py" ${task:+--task "$task"} --train_model_name "$model_path" \
     ${from_local:+--from_local "$from_local"} ${use_CoT:+--use_CoT "$use_CoT"} \
     ${output_dir:+--output_dir "$output_dir"} ${seed:+--seed "$seed"} ${options[@]+"${options[@]}"} "$@"

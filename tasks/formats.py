@@ -1,4 +1,4 @@
-"""The formats in which a record is not simply a row: MRPC, WSC, MultiRC, ReCoRD and MR."""
+"""The formats in which a record is not simply a row: MRPC, WSC, MultiRC, ReCoRD, MR and tables of one's own."""
 
 from __future__ import annotations
 
@@ -98,4 +98,18 @@ def _mr(task: Task, split: str, records: Iterable[Record], source: str) -> Itera
     yield from sorted(parts[split], key=lambda record: record[0])
 
 
-FORMATS: dict[str, Callable] = {"mrpc": _mrpc, "wsc": _wsc, "multirc": _multirc, "record": _record, "mr": _mr}
+def _table(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
+    """A text may be empty where a row has another one; a label has no space around it, and one that is empty is
+    unknown."""
+    texts = [task.columns[name] for name in task.fields]
+    label = task.columns["label"]
+    for number, record in records:
+        record = record | {column: record[column] or "" for column in texts if column in record}
+        if not any(record.get(column, "x").strip() for column in texts):
+            raise ValueError(f"{' and '.join(texts)} {'is' if len(texts) == 1 else 'are'} empty; fill in or take out")
+        if label in record:
+            record[label] = (record[label] or "").strip() or None
+        yield number, record
+
+
+FORMATS: dict[str, Callable] = {"mrpc": _mrpc, "wsc": _wsc, "multirc": _multirc, "record": _record, "mr": _mr, "table": _table}

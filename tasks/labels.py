@@ -22,6 +22,28 @@ def label_from_name(task: Task, name: str | float | None) -> int | float | None:
     return task.labels.index(name)
 
 
+def number_range(task: Task) -> tuple[float, float]:
+    """The lowest and the highest number of a number task."""
+    return float(task.words[0]), float(task.words[-1])
+
+
+def decimals(task: Task) -> int:
+    """How many decimals a number task's words have."""
+    return len(task.words[0].partition(".")[2])
+
+
+def number_text(task: Task, number: float) -> str:
+    """A number as the task's words are written."""
+    return f"{round(number, decimals(task)) + 0.0:.{decimals(task)}f}"  # no -0.0
+
+
+def unit_of_number(task: Task) -> float:
+    """A fifth of a number task's range: what rewards, class bins and heads take as 1, whatever the range (STS-B's is
+    0 to 5)."""
+    low, high = number_range(task)
+    return (high - low) / 5
+
+
 def most_frequent_label(task: Task, rows: Iterable[dict]) -> int | float:
     """The most frequent label of labelled rows (the lowest one of a tie); for a number task the mean."""
     labels = [row["label"] for row in rows if row["label"] is not None]

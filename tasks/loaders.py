@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from machine.errors import DataError, MissingData
+from tasks import tables
 from tasks.formats import FORMATS
-from tasks.labels import fold
+from tasks.labels import fold, number_range
 from tasks.readers import Record, find_column, read_records, short_repr
 from tasks.table import Task
 
@@ -45,12 +46,14 @@ def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: s
             raise MissingData(f"{given}: no such file or folder (data_path for {task.name}); check the path.")
         return _from_file(task, split, given)
     folder = given if given is not None else Path(data_root) / task.folder
-    candidates = [folder / name for name in task.files.get(split, ())]
+    # A task of one's own names its files by their whole paths; in a folder that is given they bear the same names.
+    names = task.files.get(split, ())
+    candidates = [folder / (Path(name).name if given is not None else name) for name in names]
     for path in candidates:
         if os.path.isfile(path):
             return _from_file(task, split, path)
     tried = " or ".join(str(path) for path in candidates) or f"a {split} file (there is none for {task.name})"
-    if given is not None:
+    if given is not None or task.format == "table":
         raise MissingData(f"{task.name} {split}: cannot find {tried}; put the file there or give another data_path.")
     if task.wheel:
         return _from_wheel(task, split, tried)
@@ -89,6 +92,8 @@ def training_rows(task: Task, rows: list[dict], seed: int) -> list[dict]:
 
 
 def _from_file(task: Task, split: str, path: Path) -> list[dict]:
+    if task.format == "table":
+        return _to_rows(task, split, iter(tables.read_table(path).records), str(path), "row")
     return _to_rows(task, split, read_records(task, path), str(path), "line")
 
 
@@ -123,7 +128,7 @@ def _from_hub(task: Task, split: str, tried: str) -> list[dict]:
 
 
 def _to_rows(task: Task, split: str, records: Iterable[Record], source: str, unit: str) -> list[dict]:
-    """Checked rows from records. `source` and `unit` ("line" of a file, "row" of the hub) say in an error where."""
+    """Checked rows from records. `source` and `unit` ("line", or "row" of a table or the hub) say in an error where."""
     rows: list[dict] = []
     columns: dict[str, str] = {}
     number = 0  # of the current record, for errors: a format may read ahead
@@ -146,7 +151,7 @@ def _to_rows(task: Task, split: str, records: Iterable[Record], source: str, uni
                 row[name] = _checked_text(name, row[name], task.trim)
             if columns["label"]:
                 # How a test split says that its labels are secret: nothing, and on the hub -1.
-                secret = split == "test" and row["label"] in ((None, -1) if unit == "row" else (None,))
+                secret = split == "test" and row["label"] in ((None, -1) if source.startswith("hub ") else (None,))
                 row["label"] = None if secret else _label(task, ids, row["label"])
             rows.append(row)
     except DataError:
@@ -164,7 +169,8 @@ def _find_columns(task: Task, split: str, record: dict) -> dict[str, str]:
     columns = {name: find_column(record, key) for name, key in task.columns.items()}
     for name in task.fields if split == "test" else (*task.fields, "label"):
         if not columns[name]:
-            raise KeyError(task.columns[name])
+            there = ", ".join(map(str, record))
+            raise ValueError(f"the key or column {task.columns[name]!r} is missing; there are {there[:200]}")
     return columns
 
 
@@ -189,7 +195,7 @@ def _checked_text(name: str, text, trim: bool) -> str:
 def _label_ids(task: Task) -> dict[str, int]:
     """The class id of everything that a file may write for a label, in lower case."""
     ids = {label.lower(): index for index, label in enumerate(task.labels)}
-    if any(name.isdecimal() for name in ids):  # then a number is a name
+    if task.format == "table" or any(name.isdecimal() for name in ids):  # then a number is a name
         return ids
     return ids | {str(index): index for index in range(len(ids))}
 
@@ -197,9 +203,11 @@ def _label_ids(task: Task) -> dict[str, int]:
 def _label(task: Task, ids: dict[str, int], value) -> int | float | str:
     """The class id of a label written as word, number or JSON boolean; the float; the name if there is no label set."""
     if task.number:
-        if isinstance(value, bool) or not 0 <= float(value) <= 5:
-            raise ValueError(f"label {short_repr(value)} is not in [0, 5]")
-        return float(value)
+        low, high = number_range(task)
+        number = tables.to_number(value) if task.format == "table" and value else float(value)
+        if isinstance(value, bool) or not low <= number <= high:
+            raise ValueError(f"label {short_repr(value)} is not in [{low:g}, {high:g}]")
+        return number
     if not task.labels:
         if not value or not _is_word(value) or "<" in value:  # the tag after an answer begins with it
             raise ValueError(f"label {short_repr(value)} is not a word")

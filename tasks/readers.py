@@ -30,14 +30,14 @@ def read_records(task: Task, path: Path) -> Iterator[Record]:
     """A file's records, as its suffix says: .jsonl and .json hold an object a line, .csv has quotes, all else tabs."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json"):
-        return _read_jsonl(path)
+        return read_jsonl(path)
     return _read_table(task, path, _csv_cells(path) if suffix == ".csv" else _tsv_cells(path))
 
 
 def read_lines(path: Path) -> list[str]:
     """A text file's lines without their ends, and without empty lines at the end of the file."""
     # str.splitlines would also cut at characters such as U+2028 and U+0085, which stand inside texts.
-    lines = [line.removesuffix("\r") for line in _read_text(path).split("\n")]
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     while not lines[-1]:
         lines.pop()
     return lines
@@ -48,7 +48,7 @@ def find_column(names: Iterable[str], key: str) -> str:
     return next((name for name in key.split("|") if name in names), "")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The file's text without a byte order mark."""
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -73,7 +73,7 @@ def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Comma-separated values with quoting on: here a text may hold commas and line breaks."""
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     number = 1
     try:
         for cells in reader:
@@ -110,7 +110,8 @@ def _read_table(task: Task, path: Path, lines: Iterator[tuple[int, list[str]]]) 
         yield number, record
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """The objects of a JSON Lines file."""
     for number, line in enumerate(read_lines(path), 1):
         try:
             record = json.loads(line)

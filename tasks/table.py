@@ -1,7 +1,7 @@
 """Every task, once: its files, fields, labels, metrics, leaderboard file, and whose model answers it.
 
-A task is data. A new task is one new entry in `TASKS` and its wording in prompts.py; a new way of writing the same
-columns needs no code at all. Class ids, metrics and leaderboard spellings are those of GLUE (gluebenchmark.com) and
+A task is data. A new task is a file, or a YAML file (see own.py), or one new entry in `TASKS` and its wording in
+prompts.py; a new way of writing the same columns needs no code at all. Class ids, metrics and leaderboard spellings are those of GLUE (gluebenchmark.com) and
 SuperGLUE (super.gluebenchmark.com).
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+
+from tasks.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Task:
     metrics: tuple[str, ...]  # names in evaluation.metrics.METRICS; the task's score is their mean
     suite: str = ""  # "GLUE", "SuperGLUE" or neither
     in_suite_score: bool = True  # False for the suites' diagnostic sets
-    format: str = "plain"  # one line is one row; else a key of formats.FORMATS
+    format: str = "plain"  # one line is one row; else a key of formats.FORMATS; table: any table (see tables.py)
     header: tuple[str, ...] = ()  # column names of files that come without a header line
     trim: bool = False  # each text in the files ends with a space that belongs to the format, not to the text
     hub: tuple[str, str | None] = ("", None)  # datasets.load_dataset(path, name); no path: not on the hub
@@ -30,10 +32,11 @@ class Task:
     passage: tuple[str, ...] = ()  # the fields that may lose text when a prompt is too long
     labels: tuple[str, ...] = ()  # names by class id; () is read from the file (see loaders.with_labels)
     words: tuple[str, ...] = ()  # the verbalizer: what the model answers, by class id
-    number: bool = False  # the label is a float and every word a number
+    number: bool = False  # the label is a float and every word a number, in order: the range, and the steps in it
     candidates: bool = False  # a row per candidate answer: training takes one right and one wrong row per id
     submission: str = ""  # the leaderboard's file name
     submission_words: tuple[str | int, ...] = ()  # what that file says, by class id
+    wording: Wording | None = None  # a task of one's own brings it along; None: it stands in prompts.py
     answered_by: str = ""  # the task whose model answers this one
     note: str = ""  # what a reader of its results should know
     version: int = 1  # raised when the prompt, the words or the split change, so that results stay comparable
@@ -51,6 +54,10 @@ NO_YES, YES_NO, YES_MAYBE_NO, YES_NO_MAYBE = (
     ("yes", "maybe", "no"),
     ("yes", "no", "maybe"),
 )
+# Of a task of one's own. Half of their mean counts each row alike (accuracy, weighted F1), half each label.
+OWN_METRICS = ("accuracy", "macro_f1", "weighted_f1", "matthews")
+CLASS_METRICS = (*OWN_METRICS, "f1")  # f1: with two labels
+NUMBER_METRICS = ("pearson", "spearman")
 NLI = ("entailment", "neutral", "contradiction")
 RTE = ("entailment", "not_entailment")
 

@@ -30,7 +30,7 @@ class TrainArguments(Arguments):
 class PolicyArguments(TrainArguments):
     """What ppo.py and sft.py take, which train one model on a task or on several."""
 
-    task: str = option("MR", "run", TASKS_HELP)
+    task: str = option("", "run", TASKS_HELP)
     datafolder_path: str = option("", "run", "folder such as data/GLUE: train on every task in it, not on --task")
     balance_tasks: bool = option(
         False, "training", "True: every task alike often; SFT repeats small ones up to --lines_per_file"

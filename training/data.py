@@ -40,7 +40,7 @@ def find_tasks(arguments: PolicyArguments) -> list[tuple[Task, str | None]]:
                 "data/GLUE with RTE/train.tsv in it"
             )
         return chosen
-    named = get_tasks(arguments.task)
+    named = get_tasks(arguments)
     check_trainable(arguments.task, named)
     named = splits.one_per_training_file(named)
     if len(named) > 1 and Path(arguments.data_path or ".").is_file():

@@ -23,7 +23,7 @@ from run.folder import data_hash, folder_of, open_run, write_summary
 from run.history import before_after_table, evaluations, train_seconds
 from run.progress import RunCallback, quiet_trainer
 from run.stopping import StopCallback
-from tasks import Task
+from tasks import Task, own
 from training.arguments import TrainArguments
 from training.data import TaskData
 
@@ -179,6 +179,11 @@ class TrainingRun:
         run = open_run(arguments, name, self.train_rows, held_out, arguments.learning_rate, self._prompts(tokenizer))
         self.folder = guard.folder = run.folder
         self.checkpoint = run.checkpoint
+        if processes.is_main():
+            for part in data:
+                folder = predictions_folder(part, data, self.folder)
+                folder.mkdir(exist_ok=True)
+                own.keep_task(folder, part.task)
         guard.at_exit.append(lambda code: run.close())
         self.progress = RunCallback(self.folder, data[0].task, tokenizer)
         trackers = dashboards.wandb_callbacks(arguments.report_to, self.progress, method)
