@@ -48,7 +48,9 @@ def load_jobs(arguments: Arguments, chosen: list[Task]) -> list[Job]:
             else:
                 missing.append((task, error))
             continue
-        model_task = task.answered_by or next((t.name for t in tasks.TASKS.values() if t.folder == task.folder), task.name)
+        model_task = task.answered_by or next(
+            (t.name for t in tasks.TASKS.values() if t.folder == task.folder), task.name
+        )
         model = arguments.train_model_name.replace("{task}", model_task.replace("/", "-"))
         check_folder(model, arguments.from_local)  # before hours of work on the tasks ahead of it
         jobs.append(Job(task, rows, whole_split, model))

@@ -29,7 +29,7 @@ REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
 ANSWER_SPACES = ("labels", "free", "score")
 ANSWER_SPACES_HELP = "labels (default): only the task's labels; free: any token; score: likeliest one"
 TASK_HELP = "a task, a table or a YAML file; default: MR, or what --data_path is"
-TASKS_HELP = "tasks such as SST,RTE, a suite, a table or a YAML file; default: MR, or what --data_path is"
+TASKS_HELP = "SST,RTE, a suite, a table or a YAML file; default: MR, or --data_path's"
 CONFIG_HELP = "YAML file with any of these options; the command line overrides it"
 
 
@@ -43,9 +43,7 @@ class Arguments:
     )
     from_local: bool = option(False, "model", "True: --train_model_name is a folder with an adapter or a whole model")
     use_CoT: bool = option(False, "answers", "True: the model writes an analysis before its judgement")
-    data_path: str = option(
-        "", "run", "a table, which is the task; with --task, or a folder: its rows, in place of data/"
-    )
+    data_path: str = option("", "run", "a table is the task; with --task, or a folder: rows in place of those in data/")
     text_columns: str = option("", "run", "a table's columns of texts, as subject,body; default: by their names")
     label_column: str = option("", "run", "a table's column of labels; default: by its name")
     batch_sentence_num: int = option(32, "run", "prompts per step")
@@ -258,7 +256,7 @@ def get_tasks(arguments: Arguments) -> list[Task]:
     named = {"text_columns": arguments.text_columns, "label_column": arguments.label_column}
     for option_, value in named.items():
         if value and not any(tables.is_table(name) for name in listed):
-            raise ArgumentError(f"--{option_} {value} names columns of a table, and --task {given} is none; leave it out")
+            raise ArgumentError(f"--{option_} {value} is about a table, and --task {given} is none; leave it out")
     return chosen
 
 

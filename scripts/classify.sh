@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-}"                               # a task's name, a table or a YAML file; default: the file of --data_path, the checkpoint's task, or MR
+task="${TASK:-}"                               # a task, a table or a YAML file; default: MR, or what --data_path is
 from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
 model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded model, a hub name, or with --from_local True a folder
 output_dir="${OUTPUT_DIR:-}"                   # folder of the run; default: a new one below model/
@@ -19,7 +19,7 @@ seed="${SEED:-}"                               # seed of the data order, the sam
 # `.venv/bin/python classify.py --help` names.
 options=(
     # --- run
-    # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --data_path file.tsv            # a table is the task; with --task, or a folder: rows in place of those in data/
     # --text_columns subject,body     # a table's columns of texts, as subject,body; default: by their names
     # --label_column queue            # a table's column of labels; default: by its name
     # --resume model/run              # folder of the run to continue, from its last checkpoint

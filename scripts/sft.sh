@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-}"                               # a task, a table, a YAML file, several as SST,RTE, or a suite; default: --data_path's file, or MR
+task="${TASK:-}"                               # SST,RTE, a suite, a table or a YAML file; default: MR, or --data_path's
 datafolder_path="${DATAFOLDER_PATH:-}"         # folder such as data/GLUE: train on every task in it, not on --task
 lines_per_file="${LINES_PER_FILE:-}"           # training rows of each task, at most
 from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
@@ -22,7 +22,7 @@ seed="${SEED:-}"                               # seed of the data order, the sam
 # `.venv/bin/python sft.py --help` names.
 options=(
     # --- run
-    # --data_path file.tsv            # file or folder in the task's format, in place of the one below data/
+    # --data_path file.tsv            # a table is the task; with --task, or a folder: rows in place of those in data/
     # --text_columns subject,body     # a table's columns of texts, as subject,body; default: by their names
     # --label_column queue            # a table's column of labels; default: by its name
     # --resume model/run              # folder of the run to continue, from its last checkpoint

@@ -112,4 +112,11 @@ def _table(task: Task, split: str, records: Iterable[Record], source: str) -> It
         yield number, record
 
 
-FORMATS: dict[str, Callable] = {"mrpc": _mrpc, "wsc": _wsc, "multirc": _multirc, "record": _record, "mr": _mr, "table": _table}
+FORMATS: dict[str, Callable] = {
+    "mrpc": _mrpc,
+    "wsc": _wsc,
+    "multirc": _multirc,
+    "record": _record,
+    "mr": _mr,
+    "table": _table,
+}

@@ -1,4 +1,4 @@
-"""What a table says about its task: which columns hold texts and labels, the labels or the range of numbers, the wording.
+"""What a table says about its task: which columns hold texts and labels, the labels or the range of numbers.
 
 Columns are guessed where there is no doubt: by their usual names, or because there are only two. Whoever is in doubt
 names them.

@@ -1,8 +1,8 @@
 """Every task, once: its files, fields, labels, metrics, leaderboard file, and whose model answers it.
 
-A task is data. A new task is a file, or a YAML file (see own.py), or one new entry in `TASKS` and its wording in
-prompts.py; a new way of writing the same columns needs no code at all. Class ids, metrics and leaderboard spellings are those of GLUE (gluebenchmark.com) and
-SuperGLUE (super.gluebenchmark.com).
+A task is data. A new task is a table, a YAML file (see own.py), or one new entry in `TASKS` and its wording in
+prompts.py; a new way of writing the same columns needs no code at all. Class ids, metrics and leaderboard spellings are
+those of GLUE (gluebenchmark.com) and SuperGLUE (super.gluebenchmark.com).
 """
 
 from __future__ import annotations

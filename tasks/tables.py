@@ -20,6 +20,7 @@ from tasks.readers import Record, read_jsonl, read_text, short_repr
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 
+
 @dataclass(frozen=True)
 class Table:
     """A table's column names, its records, and the columns that the file itself stores as dates."""

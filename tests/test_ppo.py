@@ -17,6 +17,7 @@ import torch
 from conftest import tiny_model
 
 import ppo
+import tasks
 from engine import models
 from run import arguments
 from run import folder as run_folder
@@ -328,7 +329,7 @@ def test_folders_are_named_by_task_model_batch_rate_and_time(run_ppo, tmp_path, 
     summary, _ = read(folder)
     assert summary["steps"] == 6
     settings = arguments.Arguments(train_model_name="Some/Model 7B", batch_sentence_num=4)
-    task = arguments.get_task("SuperGLUE/RTE")
+    task = tasks.get("SuperGLUE/RTE")
     first, second = make_folder(settings, task, 1e-5), make_folder(settings, task, 1e-5)
     assert first.parent == tmp_path / "model" / "SuperGLUE-RTE" and first.name.startswith("Model-7B-4-1e-05-")
     assert first != second and first.exists() and second.exists()
