@@ -110,8 +110,10 @@ def names(labels: list) -> list:
     return [label_name(SST, label) for label in labels]
 
 
-def make_run(root: Path, name: str, method: str, labels: list, seed: int = 0, before: list | None = None) -> Path:
-    """A finished run on SST in the form that the scripts write."""
+def make_run(
+    root: Path, name: str, method: str, labels: list, seed: int = 0, before: list | None = None, **more
+) -> Path:
+    """A finished run on SST in the form that the scripts write. more: arguments that it was given."""
     folder, rows = root / name, [{"id": i, "label": label} for i, label in enumerate(GOLD)]
     folder.mkdir(parents=True)
 
@@ -135,6 +137,7 @@ def make_run(root: Path, name: str, method: str, labels: list, seed: int = 0, be
     given = {"task": "SST", "from_local": False, "answer_space": "labels", "eval_size": 0, "seed": seed}
     given |= {"batch_sentence_num": 8, "data_path": "/somewhere/else/SST", "learning_rate": 0.0005}
     given |= {"policy_gradient": "expected"} if method == "ppo" else {}
+    given |= more
     summary = {"method": method, "task": "SST", "task_version": 1, "model": "tiny", "seed": seed, "metrics": moments}
     summary |= {"arguments": given, "steps": 72, "samples": 576, "train_seconds": 12.5, "peak_memory_bytes": 10**9}
     summary |= {"data_hash": "0a", "versions": {"device": "cpu x 1", "commit": "abcdef" * 4}}
@@ -261,6 +264,17 @@ def test_the_mean_over_tasks_stands_last_and_p_is_adjusted_over_the_tasks(runs, 
     assert mean.difference == pytest.approx((first.difference + second.difference) / 2) and mean.adjusted is None
     assert [first.adjusted, second.adjusted] == holm([first.p, second.p])
     assert (mean.task, mean.rows, mean.seeds) == ("mean of 2 tasks", 40, (2, 1))
+
+
+def test_the_distance_from_sft_is_split_into_its_parts(runs, data, tmp_path):
+    make_run(runs, "sft-label", "sft", flipped(0, 1, 2), loss_on="label")
+    ledger.append(runs, tmp_path / "runs.csv")
+    found, _ = claims.results(ledger.read(tmp_path / "runs.csv"), [data])
+    rows = claims.split_table(grouped(found), claims.Resamples(samples=500)).rows
+    assert [(row[0].split(":")[0], row[1], row[2].split(" [")[0]) for row in rows] == [
+        ("mask", "SST", "+10.0"),  # 85 less 75
+        ("objective", "SST", "+5.0"),  # 90, the mean of two seeds, less 85
+    ]
 
 
 def test_the_document_has_every_method_and_names_what_is_left_out(runs, data, tmp_path, capsys):
