@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tasks
 from evaluation import outcome
-from evaluation.arguments import InferenceArguments, check
+from evaluation.arguments import InferenceArguments, check, check_rows
 from evaluation.jobs import Job, load_jobs
 from machine import processes
 from machine.files import write_json
@@ -40,7 +40,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
     show: see `run`.
     """
     from engine.loading import check_vocabulary
-    from evaluation import answer_spaces, answering
+    from evaluation import answer_spaces, answering, calibration
 
     started = time.perf_counter()
     task, rows = job.task, job.rows
@@ -61,14 +61,22 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
     processes.broadcast_from_main(lambda: prompt_record.check_or_keep(folder, task.name, kept))
 
     # 2. answers
+    answer_format = answer_spaces.AnswerFormat(
+        task, arguments.use_CoT, arguments.strict_format, arguments.number_answer
+    )
+    prior = None
+    if arguments.calibration != "none":
+        asked = arguments.answer_space, arguments.max_prompt_length
+        prior = calibration.prior_of(arguments.calibration, engine, answer_format, shots, *asked)
     answers = answering.answer(
         folder,
-        answer_spaces.AnswerFormat(task, arguments.use_CoT, arguments.strict_format, arguments.number_answer),
+        answer_format,
         rows,
         prompt_ids,
         engine,
         arguments.batch_sentence_num,
         arguments.seed,
+        prior,
         answer_space=arguments.answer_space,
         max_response_length=arguments.max_response_length,
         temperature=arguments.model_temperature if arguments.do_sample else 0.0,
@@ -83,6 +91,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
     """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
     with faults.guard(program) as guard, contextlib.ExitStack() as held:
         jobs = load_jobs(arguments, check(arguments))
+        check_rows(arguments, jobs)
         # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without.
         import transformers
 

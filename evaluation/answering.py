@@ -3,15 +3,20 @@
 import os
 import tempfile
 from array import array
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 import prompts
 from engine.batches import common_prefix
 from engine.engine import Engine
-from evaluation import predict, predictions
+from evaluation import calibration, predict, predictions
 from evaluation.answer_spaces import AnswerFormat
 from evaluation.predictions import Prediction
 from machine import processes
+from machine.files import write_atomically
 from machine.terminal import Progress
 from tasks import Task
 
@@ -45,12 +50,14 @@ def answer(
     engine: Engine,
     batch: int,
     seed: int,
+    prior: Callable[[np.ndarray], np.ndarray] | None = None,
     **how,
 ) -> list[Prediction]:
     """The answers to all prompts, also written to predictions.jsonl, which appears only when it is complete.
 
     What an interrupted run left is kept, in whole batches of `batch` rows, and not computed again; each batch has a
     random stream of its own. `how` goes to `predict`. ArgumentError if the folder's answers are to other rows.
+    prior: what the labels' probabilities are corrected by once all rows are answered (calibration.prior_of).
     """
     task = answer_format.task
     final, unfinished = folder / predictions.FILE, folder / predictions.UNFINISHED
@@ -74,11 +81,28 @@ def answer(
             ids = [list(prompt) for prompt in prompt_ids[start : start + batch]]
             found = predict.predict(engine, answer_format, ids, seed=seed + start, **how)
             texts = engine.tokenizer.batch_decode(ids)
-            file.writelines(predictions.encoded_lines(task, rows[start : start + batch], texts, found))
+            part = rows[start : start + batch]
+            file.writelines(predictions.encoded_lines(task, part, texts, found, prior is not None))
             file.flush()
             os.fsync(file.fileno())
             answers += found
             progress.advance(len(found))
+    if prior is None:
+        if main:
+            os.replace(unfinished, final)
+        return answers
+    answers = calibration.corrected_predictions(answer_format, answers, prior)
     if main:
-        os.replace(unfinished, final)
+        write_atomically(final, lambda file: write_lines(file, task, rows, prompt_ids, engine.tokenizer, answers))
+        unfinished.unlink()
     return answers
+
+
+def write_lines(
+    file: BinaryIO, task: Task, rows: list[dict], prompt_ids: list[array], tokenizer, answers: list[Prediction]
+) -> None:
+    """The lines of predictions.jsonl, with a thousand prompts as text at a time."""
+    for start in range(0, len(rows), PROMPTS_AT_ONCE):
+        part = slice(start, start + PROMPTS_AT_ONCE)
+        texts = tokenizer.batch_decode([list(prompt) for prompt in prompt_ids[part]])
+        file.writelines(predictions.encoded_lines(task, rows[part], texts, answers[part]))

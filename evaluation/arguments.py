@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.folders import EMBEDDED
-from evaluation.jobs import suites_named
+from evaluation.jobs import Job, suites_named
 from machine.errors import ArgumentError
-from run.answer_options import fill_in_number_answer
+from run.answer_options import check_calibration, fill_in_number_answer
 from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of
 from run.parser import option
 from tasks import Task
@@ -30,6 +30,7 @@ class InferenceArguments(Arguments):
     )
     split: str = option("", "prompting", "validation (default) or test; test also writes the leaderboard file")
     submission: bool = option(False, "prompting", "True: answer all of test and write the suite's leaderboard zip")
+    calibration: str = option("none", "answers", "none, contextual, batch or (with score) pmi: see docs/prompting.md")
     do_sample: bool = option(False, "answers", "True: sample at --model_temperature; False: greedy")
     strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
     resume: str = option("", "run", "folder of an interrupted run to finish")
@@ -41,6 +42,7 @@ def check(arguments: InferenceArguments) -> list[Task]:
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
     fill_in_number_answer(arguments)
+    check_calibration(arguments)
     if arguments.answer_space == "score" and (arguments.use_CoT or arguments.do_sample):
         raise ArgumentError(
             "--answer_space score compares the labels' likelihoods: it needs no analysis and samples nothing; leave "
@@ -63,3 +65,13 @@ def check(arguments: InferenceArguments) -> list[Task]:
                     f"--resume {arguments.resume} has --{name} {stored.get(name)}, not {value}; leave --{name} out"
                 )
     return chosen
+
+
+def check_rows(arguments: InferenceArguments, jobs: list[Job]) -> None:
+    """ArgumentError for the mean over a single row, which is that row."""
+    single = next((job.task.name for job in jobs if len(job.rows) == 1), "")
+    if arguments.calibration == "batch" and single:
+        raise ArgumentError(
+            f"--calibration batch takes the mean over the answered rows, and of {single} there is one; use "
+            "--calibration contextual, or answer more rows"
+        )

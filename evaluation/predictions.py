@@ -28,7 +28,7 @@ UNFINISHED = f".{FILE}"  # the same file while batches are still added to it
 @dataclass
 class Prediction:
     """One answer: its text, its label (None if it does not parse), P(the last label) where that is known, (labels,) the
-    probabilities of all labels, which no file keeps, and where the label is a mean of numbers the likeliest of them."""
+    probabilities of all labels, which only unfinished files keep, and the likeliest number if the label is a mean."""
 
     text: str
     label: int | float | None
@@ -48,10 +48,18 @@ def write(
         write_atomically(folder / name, lambda file: file.write(data))
 
 
-def encoded_lines(task: Task, rows: list[dict], prompts: list[str], found: list[Prediction]) -> Iterable[bytes]:
-    """The lines of predictions.jsonl for these rows, line ends included."""
+def encoded_lines(
+    task: Task, rows: list[dict], prompts: list[str], found: list[Prediction], keep_probabilities: bool = False
+) -> Iterable[bytes]:
+    """The lines of predictions.jsonl for these rows, line ends included.
+
+    keep_probabilities: for an unfinished file, whose labels are chosen when all rows are answered.
+    """
     for row, prompt, prediction in zip(rows, prompts, found):
-        yield json.dumps(_line(task, row, prompt, prediction), ensure_ascii=False).encode() + b"\n"
+        line = _line(task, row, prompt, prediction)
+        if keep_probabilities:
+            line["probabilities"] = prediction.probabilities.tolist()
+        yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def _line(task: Task, row: dict, prompt: str, prediction: Prediction) -> dict:
@@ -87,5 +95,6 @@ def read(path: Path, task: Task, rows: list[dict]) -> list[Prediction]:
             )
         label = label_from_name(task, line["label"])
         last = line.get("probability_of_last_label")
-        found.append(Prediction(line["answer"], label, last, likeliest=line.get("likeliest")))
+        probabilities = np.array(line["probabilities"]) if "probabilities" in line else None
+        found.append(Prediction(line["answer"], label, last, probabilities, line.get("likeliest")))
     return found

@@ -327,10 +327,12 @@ def objective(training: dict) -> list[str]:
 
 
 def manner(run: Run, task: Task) -> list[str]:
-    """Departures from greedy answers without an analysis in the usual format; of numbers, from their mean."""
+    """Departures from greedy answers without an analysis in the usual format, by the probabilities as they are; of
+    numbers, from their mean."""
     names = {"use_CoT": "chain of thought", "strict_format": "strict format", "do_sample": "sampled answers"}
     given = run.arguments
     found = [name for argument, name in names.items() if given.get(argument)]
+    found += [f"{given['calibration']} calibration"] if given.get("calibration", "none") != "none" else []
     compared = answer_space(run)[0] in ("labels", "score") and not given.get("do_sample")
     likeliest = given.get("number_answer", "likeliest") == "likeliest"  # which is what older runs answered
     return [*found, "likeliest number"] if task.number and compared and likeliest else found

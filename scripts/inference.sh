@@ -44,6 +44,7 @@ options=(
     # --max_response_length 8         # tokens in an answer; 0: 16, or 96 with --use_CoT True
     # --answer_space labels           # labels (default): only the task's labels; free: any token; score: likeliest one
     # --number_answer likeliest       # STS-B, among labels: mean of the numbers (default), or likeliest
+    # --calibration batch             # none, contextual, batch or (with score) pmi: see docs/prompting.md
     # --do_sample True                # True: sample at --model_temperature; False: greedy
     # --strict_format False           # True: only the closing tag ends a free answer
     # --- evaluation and saving

@@ -19,7 +19,9 @@ seeds="${SEEDS:-0}"
 rows="${EVAL_SIZE:-400}"                       # held-out rows of each task, the same ones for every method
 model="${MODEL:-SmolLM2-135M-Instruct}"
 methods=("$@")
-[ ${#methods[@]} -gt 0 ] || methods=(zero-shot zero-shot-free 8-shot head SFT PPO PPO-sampled PPO-free)
+[ ${#methods[@]} -gt 0 ] || methods=(
+    zero-shot zero-shot-free zero-shot-batch 8-shot 8-shot-batch head SFT PPO PPO-sampled PPO-free
+)
 
 # BoolQ's training split is not always at hand: without it a part of the validation split is trained on, and only the
 # other part is answered, by every method.
@@ -79,7 +81,13 @@ for method in "${methods[@]}"; do
                 ;;
             *" zero-shot") run "$folder" inference.sh "${about[@]}" ;;
             *" zero-shot-free") run "$folder" inference.sh "${about[@]}" --answer_space free ;;
+            *" zero-shot-contextual" | *" zero-shot-batch")
+                run "$folder" inference.sh "${about[@]}" --calibration "${method#zero-shot-}"
+                ;;
             *" 8-shot") run "$folder" fewshot.sh "${about[@]}" ;;
+            *" 8-shot-contextual" | *" 8-shot-batch")
+                run "$folder" fewshot.sh "${about[@]}" --calibration "${method#8-shot-}"
+                ;;
             *" head") run "$folder" classify.sh "${about[@]}" ;;
             *" head-"[1-9]*) run "$folder" classify.sh "${about[@]}" --max_steps "$((${method#head-} / 8))" ;;
             *" SFT") run "$folder" sft.sh "${about[@]}" ;;
@@ -89,8 +97,8 @@ for method in "${methods[@]}"; do
             *" PPO-sampled") run "$folder" ppo.sh "${about[@]}" --policy_gradient sampled ;;
             *" PPO-free") run "$folder" ppo.sh "${about[@]}" --answer_space free ;;
             *)
-                echo "results.sh: error: no method $method; give some of zero-shot zero-shot-free 8-shot head head-ROWS" \
-                    "SFT SFT-ROWS PPO PPO-ROWS PPO-sampled PPO-free" >&2
+                echo "results.sh: error: no method $method; give some of zero-shot zero-shot-free zero-shot-contextual" \
+                    "zero-shot-batch 8-shot 8-shot-contextual 8-shot-batch head head-ROWS SFT SFT-ROWS PPO PPO-ROWS PPO-sampled PPO-free" >&2
                 exit 2
                 ;;
             esac

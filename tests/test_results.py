@@ -42,3 +42,11 @@ def test_rows_are_part_of_a_methods_name(tmp_path):
     for name, rows in (("SFT-8", 8), ("PPO-16", 16)):
         summary = json.loads((tmp_path / "MR" / f"{name}-0" / "summary.json").read_text(encoding="utf-8"))
         assert summary["samples"] == rows
+
+
+def test_calibrated_prompting_is_a_method_of_its_own(tmp_path):
+    done = call(tmp_path, "zero-shot-batch", "8-shot-contextual")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for name, kind in (("zero-shot-batch", "batch"), ("8-shot-contextual", "contextual")):
+        summary = json.loads((tmp_path / "MR" / f"{name}-0" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["arguments"]["calibration"] == kind
