@@ -1,7 +1,8 @@
-"""PPO on one task: prompts in, answer tokens as actions, agreement with the ground truth as reward.
+"""PPO on a task or several: prompts in, answer tokens as actions, agreement with the ground truth as reward.
 
     bash scripts/ppo.sh                                   sets up, then runs this file on MR with the embedded model
     .venv/bin/python ppo.py --task RTE --train_model_name Qwen/Qwen2.5-1.5B-Instruct
+    .venv/bin/python ppo.py --task SST,RTE --balance_tasks True       one policy for two tasks; a step has rows of one
 
 What is left at its default follows RECIPES, which RESULTS.md gives the reasons for.
 """
@@ -15,20 +16,19 @@ from machine import processes
 from machine.errors import ArgumentError
 from run import faults
 from run.answer_options import answers_text, fill_in_number_answer
-from run.arguments import get_task, one_of, parse
+from run.arguments import one_of, parse
 from run.parser import option
-from tasks import splits
 from training import reward_functions
 from training.arguments import (
     ADVANTAGES,
     GROUP_ADVANTAGES,
-    TrainArguments,
+    PolicyArguments,
     check_batch,
     check_training,
     fill_in_epochs,
     usual_advantage,
 )
-from training.data import TaskData, load_rows
+from training.data import TaskData, find_tasks, load_rows, name_of
 
 # By policy gradient; each sees 576 rows. Small batches teach more per row than large ones. The entropy bonus keeps
 # every label likely enough to be tried: with 0.05 in place of 0.5 sampled answers collapsed onto one label, with
@@ -44,14 +44,16 @@ RECIPES = {
 }
 
 
+MAX_STEPS_HELP = "number of steps; 0: all epochs; default: by recipe per task, 0 with --end_epoch"
 ADVANTAGE_HELP = "critic, leave_one_out (default with --repeat_time > 1), group, group_mean, batch"
 
 
 @dataclass
-class PPOArguments(TrainArguments):
+class PPOArguments(PolicyArguments):
     """What PPO takes beside the arguments of all training."""
 
     batch_sentence_num: int | None = option(None, "training", "prompts per step; default: by recipe")
+    max_steps: int | None = option(None, "training", MAX_STEPS_HELP)
     policy_gradient: str = option(
         "", "PPO", "sampled, or expected: sum over all labels; default: expected where possible"
     )
@@ -77,8 +79,8 @@ class PPOArguments(TrainArguments):
     strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
 
 
-def check(arguments: PPOArguments) -> None:
-    """Refuse what cannot be run, and fill in what the recipe decides. Raises ArgumentError."""
+def check(arguments: PPOArguments, tasks: int = 1) -> None:
+    """Refuse what cannot be run, and fill in what the recipe decides. tasks: how many. Raises ArgumentError."""
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ("labels", "free"))
     fill_in_number_answer(arguments)
@@ -91,7 +93,8 @@ def check(arguments: PPOArguments) -> None:
             "use --policy_gradient sampled"
         )
     fill_in_epochs(arguments)
-    for name, value in RECIPES[arguments.policy_gradient].items():
+    recipe = RECIPES[arguments.policy_gradient]
+    for name, value in {**recipe, "max_steps": recipe["max_steps"] * tasks}.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     check_training(
@@ -133,24 +136,38 @@ def check_objective(arguments: PPOArguments) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PPOArguments, __doc__.splitlines()[0], argv)
     with faults.guard("ppo.py") as guard:
-        check(arguments)
-        task = get_task(arguments)
-        data = load_rows(arguments, task, splits.task_path(task, arguments.data_path))
-        check_batch(arguments, len(data.train), task.name)
+        chosen = find_tasks(arguments)
+        check(arguments, len(chosen))
+        data = [load_rows(arguments, task, path) for task, path in chosen]
+        check_tasks(arguments, data)
         train(arguments, data, load_rewards(arguments, data), guard)
 
 
-def load_rewards(arguments: PPOArguments, data: TaskData) -> list[Callable]:
-    """The functions that judge answers: those of --reward, or the task's own; with --reward_weights both.
+def check_tasks(arguments: PPOArguments, data: list[TaskData]) -> None:
+    """ArgumentError for a task that has too few rows for a step, or no labels to choose among."""
+    for part in data:
+        check_batch(arguments, len(part.train), part.task.name)
+        if arguments.answer_space == "labels" and len(part.task.words) < 2:
+            raise ArgumentError(f"--answer_space labels: {part.task.name} has no label set; use --answer_space free")
+
+
+def load_rewards(arguments: PPOArguments, data: list[TaskData]) -> dict[str, list[Callable]]:
+    """By task the functions that judge answers: those of --reward, or the task's own; with --reward_weights both.
 
     Raises ArgumentError. A resume compares the files of --reward with those that the run began with.
     """
-    given = reward_functions.load(arguments.reward, ["ended", "prompt_ids", *data.train[0]])
+    beside = ["ended", "prompt_ids", *(["task"] if len(data) > 1 else [])]
+    given = reward_functions.load(arguments.reward, *([*beside, *part.train[0]] for part in data))
     arguments.reward_files = reward_functions.file_hashes(arguments.reward, given)
     if given and not arguments.reward_weights:
-        return given
-    of_task = rewards.reward_function(
-        data.task,
+        return {part.task.name: given for part in data}
+    return {part.task.name: [reward_of_task(arguments, part), *given] for part in data}
+
+
+def reward_of_task(arguments: PPOArguments, part: TaskData) -> Callable:
+    """The task's own reward."""
+    return rewards.reward_function(
+        part.task,
         arguments.reward_correct,
         arguments.reward_wrong,
         arguments.reward_invalid,
@@ -158,10 +175,11 @@ def load_rewards(arguments: PPOArguments, data: TaskData) -> list[Callable]:
         arguments.strict_format,
         arguments.use_CoT,
     )
-    return [of_task, *given]
 
 
-def train(arguments: PPOArguments, data: TaskData, reward_funcs: list[Callable], guard: faults.Guard) -> None:
+def train(
+    arguments: PPOArguments, data: list[TaskData], reward_funcs: dict[str, list[Callable]], guard: faults.Guard
+) -> None:
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     from engine import models
@@ -172,33 +190,37 @@ def train(arguments: PPOArguments, data: TaskData, reward_funcs: list[Callable],
     from training.ppo_trainer import PPOTrainer
 
     # 1. prompts
-    task, tokenizer = data.task, training_run.load_tokenizer(arguments, [data])
-    train_prompts, shortened = training_run.build_prompts(arguments, data, tokenizer)
+    tokenizer = training_run.load_tokenizer(arguments, data)
+    rows, shortened = training_rows(arguments, data, tokenizer)
 
     # 2. model
     engine = load_engine(arguments.train_model_name, tokenizer, **arguments.model_options)
-    check_vocabulary(engine, arguments.train_model_name, data.largest_token)
+    check_vocabulary(engine, arguments.train_model_name, max(part.largest_token for part in data))
     adapter = models.lora_config_for(engine.model)
     keep_rollout = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
     budget = arguments.tokens_per_micro_batch or training_token_budget(engine.model, keep_rollout)
     arguments.tokens_per_micro_batch = budget
 
     # 3. run
-    run = training_run.TrainingRun("ppo", arguments, task, [data], tokenizer, guard)
-    how = f"{answers_text(arguments, [task])}, {arguments.policy_gradient} policy gradient"
+    name = data[0].task if len(data) == 1 else name_of(arguments, data)
+    run = training_run.TrainingRun("ppo", arguments, name, data, tokenizer, guard)
+    how = f"{answers_text(arguments, [part.task for part in data])}, {arguments.policy_gradient} policy gradient"
     how += f", advantages by {arguments.advantage}" if arguments.advantage else ""
+    how += f", tasks drawn {'evenly' if arguments.balance_tasks else 'by size'}" if len(data) > 1 else ""
     run.announce(shortened, how)
 
     # 4. trainer
     trainer = PPOTrainer(
         model=engine.model,
         reward_funcs=reward_funcs,
-        args=trainer_config(arguments, run.folder, len(data.train)),
-        train_dataset=[{**row, "prompt_ids": ids} for row, ids in zip(data.train, train_prompts)],
+        args=trainer_config(arguments, run.folder, data),
+        train_dataset=rows,
         processing_class=tokenizer,
-        answer_format=AnswerFormat(task, arguments.use_CoT, arguments.strict_format),
+        answer_format={
+            part.task.name: AnswerFormat(part.task, arguments.use_CoT, arguments.strict_format) for part in data
+        },
         peft_config=adapter,
-        compute_metrics=training_run.HeldOutEvaluation(arguments, [data], run.folder, arguments.strict_format),
+        compute_metrics=training_run.HeldOutEvaluation(arguments, data, run.folder, arguments.strict_format),
         on_save=run.save_start_adapter,
         callbacks=run.callbacks,
         engine=engine,
@@ -206,18 +228,36 @@ def train(arguments: PPOArguments, data: TaskData, reward_funcs: list[Callable],
 
     # 5. train, save
     run.train(trainer)
-    run.finish(trainer, arguments.batch_sentence_num * trainer.samples_per_prompt, arguments.data_path)
+    samples, root = arguments.batch_sentence_num * trainer.samples_per_prompt, arguments.datafolder_path
+    run.finish(trainer, samples, root or arguments.data_path, tasks=[part.task.name for part in data])
 
 
-def trainer_config(arguments: PPOArguments, folder: Path, rows: int):
-    """The PPOConfig of these arguments for so many training rows; one trainer step is one PPO step."""
+def training_rows(arguments: PPOArguments, data: list[TaskData], tokenizer) -> tuple[dict[str, list[dict]], int]:
+    """By task the training rows with their prompts, and how many prompts were shortened. Also builds the held-out
+    prompts. Raises PromptError."""
+    from training.training_run import build_prompts
+
+    rows, shortened = {}, 0
+    for part in data:
+        built, cut = build_prompts(arguments, part, tokenizer)
+        rows[part.task.name] = [{**row, "prompt_ids": ids} for row, ids in zip(part.train, built)]
+        shortened += cut
+    return rows, shortened
+
+
+def trainer_config(arguments: PPOArguments, folder: Path, data: list[TaskData]):
+    """The PPOConfig of these arguments for these training rows; one trainer step is one PPO step."""
     from training.ppo_trainer import PPOConfig
+    from training.sampler import steps_per_epoch
     from training.training_run import trainer_settings
 
-    settings = trainer_settings(arguments, folder, rows)
+    batch = arguments.batch_sentence_num
+    steps = sum(steps_per_epoch([len(part.train) for part in data], batch, arguments.balance_tasks))
+    settings = trainer_settings(arguments, folder, steps * batch)
     return PPOConfig(
         **settings,
-        per_device_train_batch_size=arguments.batch_sentence_num // processes.count(),
+        balance_tasks=arguments.balance_tasks,
+        per_device_train_batch_size=batch // processes.count(),
         # The first step of a warm-up has a rate of 0, so a warm-up as long as the run would train nothing.
         warmup_steps=min(arguments.warmup_steps, settings["max_steps"] - 1),
         answer_space=arguments.answer_space,

@@ -106,8 +106,8 @@ def clock_trainer(callback: ClockCallback, whole_answers: bool) -> None:
     class Clocked(ppo_trainer.PPOTrainer):
         def __init__(self, callbacks=(), **named):
             if whole_answers:
-                given = named["answer_format"]
-                named["answer_format"] = WholeAnswers(given.task, given.use_CoT, given.strict_format)
+                given = named["answer_format"].items()
+                named["answer_format"] = {n: WholeAnswers(f.task, f.use_CoT, f.strict_format) for n, f in given}
             super().__init__(callbacks=[*callbacks, callback], **named)
             callback.trainer = self
 
@@ -117,7 +117,7 @@ def clock_trainer(callback: ClockCallback, whole_answers: bool) -> None:
 def operations_of_steps(trainer, steps: list[list[list[int]]]) -> list[int]:
     """The operations of every step, from its prompts."""
     network = llama(trainer.model.config, common.LORA["r"])
-    labels, passes = len(trainer.label_words), trainer.args.ppo_epochs
+    labels, passes = len(trainer.tasks[0].label_words), trainer.args.ppo_epochs
 
     def operations(prompts: list[list[int]]) -> int:
         lengths = [len(prompt) for prompt in prompts]

@@ -20,6 +20,7 @@ loading.check compares all this with the plain forward once; a model that it doe
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 
 from engine.batches import common_prefix, micro_batches
 from engine.decoding import DecodingRow, Sampling, decode
-from engine.network import Network, Prefix
+from engine.network import KeysValues, Network, Prefix
 from engine.trees import Answer, Tree, random_stream
 from machine import memory
 
@@ -37,6 +38,16 @@ DECODING_ROOM = 64  # nodes at most that are set aside for a row's answers
 Result = TypeVar("Result")
 
 
+@dataclass
+class LastingPrefix:
+    """What all prompts of a task begin with, and its keys and values, which last as long as the weights do not change:
+    the reference's for a whole run."""
+
+    length: int | None = None  # in tokens; None: it is not known what all prompts share
+    ids: tuple[int, ...] = ()  # those that were computed
+    keys_values: list[KeysValues] = field(default_factory=list)
+
+
 class Engine:
     """States and answers of `model` (a causal language model, with or without a LoRA adapter).
 
@@ -44,7 +55,7 @@ class Engine:
         network: its forward.
         tokens_per_micro_batch: the budget; halved when memory runs out.
         frozen: the weights stay as they are as long as this engine lives.
-        shared_length: how many tokens all prompts of the run begin with, where that is known.
+        lasting_prefix: of the task whose prompts are next.
     """
 
     def __init__(self, model: nn.Module, tokenizer, tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH):
@@ -52,8 +63,7 @@ class Engine:
         self.network, self.tokenizer = Network(model, tokenizer), tokenizer
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.frozen = False
-        self.shared_length: int | None = None
-        self._lasting_prefix: tuple[tuple[int, ...], list] = (), []  # ids, keys and values: of unchanging weights
+        self.lasting_prefix = LastingPrefix()
 
     @property
     def model(self) -> nn.Module:
@@ -76,7 +86,7 @@ class Engine:
         """Compute with `model` from here on, which is this engine's own with an adapter put on it, or without one."""
         self.network.set_model(model)
         self.tokens_per_micro_batch = tokens_per_micro_batch
-        self.frozen, self._lasting_prefix = False, ((), [])
+        self.frozen, self.lasting_prefix = False, LastingPrefix()
 
     # ------------------------------------------------------------------------------------------- states and gradients
 
@@ -239,8 +249,8 @@ class Engine:
         """How many tokens of these prompts are their shared prefix. Where its keys and values last for the whole run it
         is what all prompts of the run share, not what a few have in common by chance."""
         length = 0 if self.network.plain else common_prefix(prompts)
-        lasts = (reference or self.frozen) and self.shared_length is not None
-        return min(length, self.shared_length) if lasts else length
+        lasts = (reference or self.frozen) and self.lasting_prefix.length is not None
+        return min(length, self.lasting_prefix.length) if lasts else length
 
     def _prefix(self, prompts: list[list[int]], reference: bool = False, single: bool = False) -> Prefix:
         """The prompts' shared prefix. It is left to the rows' own forward, if they are packed and need a `single` pass:
@@ -249,16 +259,17 @@ class Engine:
         if single and self.network.packed and not lasts:
             return Prefix(length)
         ids = tuple(prompts[0][:length]) if length else ()
-        known, keys_values = self._lasting_prefix if lasts else ((), [])
+        known = self.lasting_prefix if lasts else LastingPrefix()
         # Any longer prefix that was computed before begins with this one.
-        missing = known[:length] != ids
+        missing = known.ids[:length] != ids
         if self.network.any_process(missing) and not missing:
             self.network.dummy_forward()
         if not missing:
-            return Prefix(length, [(k[:, :, :length], v[:, :, :length]) for k, v in keys_values] if length else [])
+            kept = [(k[:, :, :length], v[:, :, :length]) for k, v in known.keys_values]
+            return Prefix(length, kept if length else [])
         keys_values, _ = self.network.run_prefix(list(ids))
         if lasts:
-            self._lasting_prefix = (ids, keys_values)
+            known.ids, known.keys_values = ids, keys_values
         return Prefix(length, keys_values)
 
     # -------------------------------------------------------------------------------------------------------- memory

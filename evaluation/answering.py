@@ -11,7 +11,7 @@ import numpy as np
 
 import prompts
 from engine.batches import common_prefix
-from engine.engine import Engine
+from engine.engine import Engine, LastingPrefix
 from evaluation import calibration, predict, predictions
 from evaluation.answer_spaces import AnswerFormat
 from evaluation.predictions import Prediction
@@ -68,7 +68,7 @@ def answer(
     )
     if len(answers) < len(rows):
         answers = answers[: len(answers) // batch * batch]
-    engine.shared_length = common_prefix(prompt_ids)
+    engine.lasting_prefix = LastingPrefix(common_prefix(prompt_ids))
     main = processes.is_main()
     with (
         Progress(task.name, "row", len(rows), len(answers), show=main) as progress,

@@ -6,13 +6,13 @@ the model had no adapter yet and inference.py was not asked the same.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tasks
 from evaluation import metrics, predictions
-from machine.files import read_json_lines
+from reporting.files import by_task, checked_answer, read_figures, read_lines, read_summary
 from reporting.results import (
     ADAPTER,
     FEW_SHOT,
@@ -30,7 +30,6 @@ from reporting.results import (
 from run.folder import ROOT, folder_of
 from tasks import Task, own
 
-PROMPT_END = 600  # characters of each prompt that are kept
 # Arguments that may differ between runs of one method: they do not change what is learned or answered.
 NOT_A_SETTING = {
     "advantage",
@@ -65,7 +64,9 @@ NOT_A_SETTING = {
 }
 # What runs did before they had these arguments.
 SINCE = {
+    "balance_tasks": False,
     "clip_range_high": None,
+    "datafolder_path": "",
     "entropy_end": None,
     "kl_target": 0.0,
     "label_smoothing": 0.0,
@@ -130,7 +131,7 @@ def collect(root: Path) -> Collection:
     for folder, summary in summaries.items():
         name = folder.relative_to(root).as_posix()
         history = read_figures(folder / "history.jsonl", found.skipped)
-        found.training.append((name, history))
+        found.training += by_task(name, history)
         run = Run(name, folder, summary, history, origin(summary, known), *lineage(summary, known))
         for task in run.tasks:
             try:
@@ -152,7 +153,7 @@ def add_unfinished(found: Collection, folder: Path, name: str) -> None:
     left = how_far(folder)
     if left:
         found.unfinished.append((name, left))
-        found.training.append((f"{name} (unfinished)", read_figures(folder / "history.jsonl", found.skipped)))
+        found.training += by_task(f"{name} (unfinished)", read_figures(folder / "history.jsonl", found.skipped))
 
 
 def add_starts(results: list[Result], starts: list[Result]) -> None:
@@ -190,53 +191,12 @@ def how_far(folder: Path) -> str:
     return f"{len(unfinished.read_bytes().splitlines())} rows answered" if unfinished.exists() else "no step yet"
 
 
-def read_summary(path: Path) -> dict:
-    """A run's summary.json. ValueError says what is wrong with it."""
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"is not JSON ({error})") from error
-    types = {"method": str, "task": str, "model": str, "seed": int, "metrics": dict, "arguments": dict}
-    for name, kind in types.items():
-        if not isinstance(summary, dict) or not isinstance(summary.get(name), kind):
-            raise ValueError(f"has no {name!r}, or not as a run writes it")
-    moments = summary["metrics"]
-    if "after" not in moments or not all(isinstance(m, dict) and _all_numbers(m) for m in moments.values()):
-        raise ValueError("has no numbers of the moment 'after' in 'metrics'")
-    if summary["method"] not in METHODS:
-        raise ValueError(f"has the unknown method {summary['method']!r}")
-    return summary
-
-
-def _all_numbers(figures: dict) -> bool:
-    return all(isinstance(value, int | float) for value in figures.values())
-
-
-def read_figures(path: Path, skipped: list[str]) -> list[dict]:
-    """The lines of a history.jsonl; none if it is missing or cannot be read."""
-
-    def checked(line: dict) -> dict:
-        if "step" not in line or not _all_numbers(line):
-            raise ValueError("not a step with its figures")
-        return line
-
-    return read_lines(path, skipped, checked)
-
-
-def read_lines(path: Path, skipped: list[str], convert: Callable[[dict], dict]) -> list[dict]:
-    """The converted lines of a JSON Lines file; none if it is missing or cannot be read."""
-    try:
-        return list(read_json_lines(path, convert)) if path.exists() else []
-    except ValueError as error:
-        skipped.append(str(error))
-        return []
-
-
 def read_result(run: Run, task: Task) -> Result:
     """A run's result for one task."""
     summary = run.summary
     moments = {moment: figures_of(task, figures, run.several) for moment, figures in summary["metrics"].items()}
-    trained_on = f" on {summary['task']}" if run.several else ""
+    training = (run.method == ADAPTER and run.adapter_of) or summary
+    trained_on = f" on {training['task']}" if len(training.get("tasks") or ()) > 1 else ""
     samples, steps = summary.get("samples") or 0, summary.get("steps") or 0
     kind = kind_of(run)
     return Result(
@@ -248,7 +208,7 @@ def read_result(run: Run, task: Task) -> Result:
         task=task,
         version=summary.get("task_version") or (task.version if run.several else None),
         split=summary.get("split") or "validation",
-        seed=(run.adapter_of or summary)["seed"] if run.method == ADAPTER else summary["seed"],
+        seed=training["seed"],
         settings=settings_of(run),
         metrics=moments["after"],
         best=moments.get("best", {}).get("score"),
@@ -259,6 +219,7 @@ def read_result(run: Run, task: Task) -> Result:
         memory=summary.get("peak_memory_bytes"),
         history=run.history,
         samples_per_step=samples / steps if steps else 0.0,
+        together=tuple(run.tasks),
     )
 
 
@@ -386,14 +347,6 @@ def name_labels(results: list[Result]) -> None:
         if not result.task.labels and not result.task.number:
             same = [other.details.get("labels") for other in results if other.task.name == result.task.name]
             result.task = replace(result.task, labels=tuple(next(filter(None, same), ())))
-
-
-def checked_answer(line: dict) -> dict:
-    """A line of predictions.jsonl, its prompt cut to the end that a page shows. ValueError if a key is missing."""
-    missing = [name for name in ("id", "prompt", "answer", "label", "gold") if name not in line]
-    if missing:
-        raise ValueError(f"it has no {missing[0]!r}")
-    return {**line, "prompt": str(line["prompt"])[-PROMPT_END:]}
 
 
 def read_answers(result: Result, skipped: list[str]) -> None:

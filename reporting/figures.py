@@ -246,7 +246,7 @@ def collapsed(history: list[dict]) -> bool:
 
 
 def label_shares(line: dict) -> dict[str, float]:
-    start = "objective/share/"
+    start = f"objective/{line['task']}/share/" if "task" in line else "objective/share/"
     return {name.removeprefix(start): share for name, share in line.items() if name.startswith(start)}
 
 

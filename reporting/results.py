@@ -63,6 +63,7 @@ class Result:
     answers: list[dict] | None = None  # the lines of predictions.jsonl
     history: list[dict] = field(default_factory=list)
     samples_per_step: float = 0.0
+    together: tuple[str, ...] = ()  # the tasks that the run is of
 
     @property
     def key(self) -> TaskKey:
@@ -109,7 +110,7 @@ class Result:
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(samples seen, value) of a figure of history.jsonl, such as eval/score, in order."""
-        of_task = name.replace("eval/", f"eval/{self.task.name}/")
+        of_task = name.replace("/", f"/{self.task.name}/", 1)
         points = {line["step"]: line.get(of_task, line.get(name)) for line in self.history if {name, of_task} & {*line}}
         return [(step * self.samples_per_step, value) for step, value in sorted(points.items())]
 

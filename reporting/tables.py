@@ -88,6 +88,8 @@ def score_tables(groups: list[Group]) -> list[Table]:
             table.rows += task_rows(task_title(key, keys), by_method, methods)
         for suite in tasks.SUITES:
             table.rows += suite_row(suite, own, methods)
+        for names in dict.fromkeys(result.together for group in own for result in group.results):
+            table.rows += mean_row(names, own, methods)
         tables.append(table)
     return tables
 
@@ -121,6 +123,21 @@ def suite_row(suite: str, groups: list[Group], methods: list[str]) -> list[list[
         share = f" (mean of {len(counted) - len(missing)} of {len(counted)} tasks)" if missing else ""
         row.append(f"{percent(score)}{share}" if found else NONE)
     return [row] if any(cell != NONE for cell in row[3:]) else []
+
+
+def mean_row(names: tuple[str, ...], groups: list[Group], methods: list[str]) -> list[list[str]]:
+    """The row of several tasks that one run learned: each method's mean of their scores; none for a single task."""
+    if len(names) < 2:
+        return []
+    row = [f"mean of {', '.join(names)}", "score", NONE]
+    for method in methods:
+        found = {
+            group.key.task: float(np.mean([result.metrics["score"] for result in group.results]))
+            for group in groups
+            if group.method == method and group.key.task in names and group.key.split == "validation"
+        }
+        row.append(percent(sum(found.values()) / len(names)) if len(found) == len(names) else NONE)
+    return [row]
 
 
 def comparison_table(comparisons: list[Comparison]) -> Table:

@@ -128,9 +128,9 @@ class WandbRun(TrainerCallback):
         callback = self.run_callback
         if self.run is None or callback.trainer is None:
             return
-        columns = ["step", "prompt", "answer", "gold", "reward"]
+        columns = ["step", *(["task"] if callback.several else []), "prompt", "answer", "gold", "reward"]
         for episode in callback.trainer.episodes[:EPISODES]:
-            record = episode_record(episode, callback.task, callback.tokenizer)
+            record = episode_record(episode, callback.tokenizer, callback.several)
             self.rows.append([state.global_step, *(record[name] for name in columns[1:])])
         table = importlib.import_module("wandb").Table(columns=columns, data=self.rows)
         self._send(state.global_step, {"episodes": table})

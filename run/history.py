@@ -8,9 +8,13 @@ from machine.files import append_lines, read_json_lines, write_atomically
 HISTORY, EPISODES = "history.jsonl", "episodes.jsonl"
 
 
-def append_history(folder: Path, step: int, figures: dict[str, float]) -> None:
-    """Add the figures of a step or an evaluation. They reach the disk before the checkpoint that counts on them."""
-    append_lines(folder / HISTORY, [json.dumps({"step": step, **figures})])
+def append_history(folder: Path, step: int, figures: dict[str, float], task: str = "") -> None:
+    """Add the figures of a step or an evaluation. They reach the disk before the checkpoint that counts on them.
+
+    task: of the step, where it is one of several.
+    """
+    of_task = {"task": task} if task else {}
+    append_lines(folder / HISTORY, [json.dumps({"step": step, **of_task, **figures})])
 
 
 def append_episodes(folder: Path, step: int, episodes: list[dict]) -> None:
@@ -40,7 +44,8 @@ def history(folder: Path) -> list[dict]:
 
 
 def episodes(folder: Path) -> list[dict]:
-    """The lines of episodes.jsonl: step, row id, prompt, answer, gold and reward. Errors are those of `history`."""
+    """The lines of episodes.jsonl: step, row id, prompt, answer, gold and reward, of a run of several tasks also the
+    task. Errors are those of `history`."""
     return _lines(folder / EPISODES)
 
 

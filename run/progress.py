@@ -35,8 +35,9 @@ class RunCallback(TrainerCallback):
     time that is left. The first and the last sample episodes are shown, those in between are in episodes.jsonl alone.
     """
 
-    def __init__(self, folder: Path, task: Task, tokenizer):
-        self.folder, self.task, self.tokenizer = folder, task, tokenizer
+    def __init__(self, folder: Path, tokenizer, several: bool = False):
+        """several: the run is of several tasks, so what is of one of them names it."""
+        self.folder, self.tokenizer, self.several = folder, tokenizer, several
         self.trainer = None  # set once the trainer exists
         self.bar = None
         self.started: tuple[int, float] | None = None  # the first step of this process, and when it began
@@ -65,14 +66,16 @@ class RunCallback(TrainerCallback):
         if not figures or not state.is_world_process_zero:
             return
         new = self._new_episodes()
-        records = [episode_record(episode, self.task, self.tokenizer) for episode in new]
+        records = [episode_record(episode, self.tokenizer, self.several) for episode in new]
         self._keep(records, state)  # before the figures: an evaluation that history.jsonl has is not done again
         self.lines = (len(history(self.folder)) if self.lines is None else self.lines) + 1
-        append_history(self.folder, state.global_step, figures)
-        self.say(step_line(state.global_step, state.max_steps, figures) + self._time_left(state))
+        evaluated = any(name.startswith("eval/") for name in figures)
+        task = "" if evaluated or self.trainer is None else self.trainer.step_task
+        append_history(self.folder, state.global_step, figures, task)
+        self.say(step_line(state.global_step, state.max_steps, figures, task) + self._time_left(state))
         if not self.shown or state.global_step >= state.max_steps:
             for episode, record in zip(new, records):
-                self.say(episode_text(episode.get("task", self.task), episode["row"], record))
+                self.say(episode_text(episode["task"], episode["row"], record))
             self.shown = self.shown or bool(new)
 
     def say(self, text: str) -> None:
@@ -111,11 +114,12 @@ class RunCallback(TrainerCallback):
             self.kept = state.global_step
 
 
-def episode_record(episode: dict, task: Task, tokenizer) -> dict:
+def episode_record(episode: dict, tokenizer, several: bool = False) -> dict:
     """An episode as people read it: the row's id, prompt without special tokens, answer, gold answer and reward; under
-    `extra` what reward functions say of it, if they do."""
-    task, row = episode.get("task", task), episode["row"]
+    `extra` what reward functions say of it, if they do. several: with the task's name."""
+    task, row = episode["task"], episode["row"]
     return {
+        **({"task": task.name} if several else {}),
         "id": row["id"],
         "prompt": tokenizer.decode(episode["prompt"], skip_special_tokens=True).strip(),
         "answer": episode["answer"],
@@ -134,8 +138,10 @@ def episode_text(task: Task, row: dict, record: dict) -> str:
     return f"{asked}\n  answer: {record['answer']!r}   gold: {record['gold']}   reward: {record['reward']:+.2f}"
 
 
-def step_line(step: int, total: int, figures: dict[str, float]) -> str:
-    """The figures of one step, or of one evaluation, in one line."""
+def step_line(step: int, total: int, figures: dict[str, float], task: str = "") -> str:
+    """The figures of one step, or of one evaluation, in one line. task: of the step, where it is one of several."""
+    if task:
+        figures = {name.replace(f"objective/{task}/", "objective/", 1): value for name, value in figures.items()}
     evaluated = {name[5:]: value for name, value in figures.items() if name.startswith("eval/")}
     if evaluated:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in evaluated.items() if name != "seconds")
@@ -144,7 +150,7 @@ def step_line(step: int, total: int, figures: dict[str, float]) -> str:
     shares = [(name.removeprefix(SHARES), share) for name, share in figures.items() if name.startswith(SHARES)]
     largest = sorted(shares, key=lambda pair: -pair[1])[:4]
     listed = " ".join(f"{word} {share:.2f}" for word, share in largest)
-    return f"step {step}/{total}{shown}" + (f"  [{listed}]" if listed else "")
+    return f"step {step}/{total}{f'  {task}' if task else ''}{shown}" + (f"  [{listed}]" if listed else "")
 
 
 def quiet_trainer(trainer) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PPO on one task. Made to be edited, and settable from outside for a single run:
+# PPO on a task or several. Made to be edited, and settable from outside for a single run:
 #
 #   bash scripts/ppo.sh                                                        the embedded model on the embedded data
 #   TASK=RTE MODEL=Qwen/Qwen2.5-1.5B-Instruct bash scripts/ppo.sh
@@ -9,7 +9,7 @@
 set -euo pipefail
 
 project="${PROJECT:-nlu}"                      # the project's name on the wandb dashboard
-task="${TASK:-}"                               # a task, a table or a YAML file; default: MR, or what --data_path is
+task="${TASK:-}"                               # SST,RTE, a suite, a table or a YAML file; default: MR, or --data_path's
 from_local="${FROM_LOCAL:-}"                   # True: --train_model_name is a folder with an adapter or a whole model
 use_CoT="${USE_COT:-}"                         # True: the model writes an analysis before its judgement
 model_path="${MODEL:-SmolLM2-135M-Instruct}"   # the embedded model, a hub name, or with --from_local True a folder
@@ -20,6 +20,7 @@ seed="${SEED:-}"                               # seed of the data order, the sam
 # `.venv/bin/python ppo.py --help` names.
 options=(
     # --- run
+    # --datafolder_path data/GLUE     # folder such as data/GLUE: train on every task in it, not on --task
     # --data_path file.tsv            # a table is the task; with --task, or a folder: rows in place of those in data/
     # --text_columns subject,body     # a table's columns of texts, as subject,body; default: by their names
     # --label_column queue            # a table's column of labels; default: by its name
@@ -35,7 +36,8 @@ options=(
     # --learning_rate 1e-4            # learning rate of the adapter; default: by recipe
     # --start_epoch 0                 # number of the first epoch
     # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
-    # --max_steps 100                 # number of steps; 0: all epochs; default: by recipe, or 0 with --end_epoch
+    # --max_steps 100                 # number of steps; 0: all epochs; default: by recipe per task, 0 with --end_epoch
+    # --balance_tasks True            # True: every task equally often, small ones repeated; SFT: up to --lines_per_file
     # --repeat_time 16                # samples per prompt; default: by recipe
     # --- PPO
     # --policy_gradient sampled       # sampled, or expected: sum over all labels; default: expected where possible

@@ -38,7 +38,7 @@ options=(
     # --start_epoch 0                 # number of the first epoch
     # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
     # --max_steps 100                 # number of steps; 0: all epochs; default: 72 for one task without --end_epoch
-    # --balance_tasks True            # True: every task alike often; SFT repeats small ones up to --lines_per_file
+    # --balance_tasks True            # True: every task equally often, small ones repeated; SFT: up to --lines_per_file
     # --repeat_time 1                 # how often each row is seen in an epoch
     # --- SFT
     # --loss_on answer                # label: choice of the label; answer: the answer's tokens; full: prompt too

@@ -16,7 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from engine import attention
 from engine.batches import common_prefix, grouped, micro_batches
 from engine.decoding import Sampling
-from engine.engine import Engine
+from engine.engine import Engine, LastingPrefix
 from engine.judging import generate_then_classify
 from engine.loading import check
 from engine.network import Network
@@ -372,8 +372,8 @@ def test_the_reference_is_the_model_without_its_adapter(tokenizer):
 def test_what_all_prompts_share_is_computed_once_per_run(kind, tokenizer):
     model, prompts = with_lora(tiny_model()), [*PROMPTS["prefix"], PREFIX + tokens("w5 w6")]
     engine = Engine(model, tokenizer)
-    engine.frozen, engine.shared_length = kind == "frozen", common_prefix(prompts)
-    assert engine.shared_length == len(PREFIX)
+    engine.frozen, engine.lasting_prefix = kind == "frozen", LastingPrefix(common_prefix(prompts))
+    assert engine.lasting_prefix.length == len(PREFIX)
     context = model.disable_adapter() if kind == "reference" else contextlib.nullcontext()
     with context:
         expected = plain_logits(model, prompts, [Tree()] * len(prompts))

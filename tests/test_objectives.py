@@ -158,7 +158,7 @@ def test_equal_rewards_have_the_weight_one():
 
 def scores_of(trainer, rollout) -> torch.Tensor:
     rows = make_rows(8)
-    return torch.tensor([trainer.reward_funcs[0]([a.text], id=[rows[p]["id"]])[0] for p, a in rollout.answers])
+    return torch.tensor([trainer.tasks[0].reward_funcs[0]([a.text], id=[rows[p]["id"]])[0] for p, a in rollout.answers])
 
 
 @pytest.mark.parametrize("advantage", ["group", "group_mean", "batch"])

@@ -94,10 +94,7 @@ def noisy_reward(completions, id, **columns) -> list[float]:
     return [random.Random(f"{row} {text}").uniform(-1, 1) for text, row in zip(completions, id)]
 
 
-def make_trainer(
-    folder: Path, model=None, reward=None, rows=None, words=WORDS, config=None, how=None, **arguments
-) -> PPOTrainer:
-    """how: options of OpenFormat."""
+def make_config(folder: Path, **changes) -> PPOConfig:
     settings = dict(
         output_dir=str(folder),
         report_to=[],
@@ -114,10 +111,17 @@ def make_trainer(
         max_response_length=4,
         seed=0,
     )
+    return PPOConfig(**{**settings, **changes})
+
+
+def make_trainer(
+    folder: Path, model=None, reward=None, rows=None, words=WORDS, config=None, how=None, **arguments
+) -> PPOTrainer:
+    """how: options of OpenFormat."""
     trainer = PPOTrainer(
         with_lora(tiny_model()) if model is None else model,
         reward or word_reward(words),
-        PPOConfig(**{**settings, **(config or {})}),
+        make_config(folder, **(config or {})),
         rows or make_rows(),
         word_tokenizer(),
         answer_format(words, **(how or {})),
@@ -281,13 +285,13 @@ def caught_rollout(trainer: PPOTrainer, rows: list[dict]) -> sampled_step.Rollou
 def plain_log_probs(trainer: PPOTrainer, rollout: sampled_step.Rollout) -> torch.Tensor:
     """(actions,) log-probabilities, each from a forward of its own over the whole sequence."""
     found, temperature = [], trainer.args.temperature
-    trie = trainer.policy.trie
+    trie = trainer.tasks[0].policy.trie
     for p, node, column in zip(rollout.prompt.tolist(), rollout.node.tolist(), rollout.column.tolist()):
         tree = rollout.trees[p]
         ids = torch.tensor([rollout.prompts[p] + tree.path(node)])
         logits = trainer.model(input_ids=ids).logits[0, -1] / temperature
         allowed, token = tree.allowed.get(node, list(range(len(logits)))), column
-        if trainer.policy.only_labels:
+        if trainer.tasks[0].policy.only_labels:
             allowed = [t for t, free in zip(trie.vocabulary, trie.mask[node] == 0) if free]
             token = trie.vocabulary[column]
         found.append(torch.log_softmax(logits[allowed], -1)[allowed.index(token)])
@@ -405,7 +409,7 @@ def test_nothing_in_an_update_waits_for_a_card(mode, device, tmp_path, monkeypat
     config = {"policy_gradient": "expected", "entropy_coef": 0.1, "kl_coef": 0.1}
     trainer = make_trainer(tmp_path, config=config) if mode == "expected" else mode_trainer(tmp_path, mode)
     monkeypatch.setattr(Step, "update", stop)
-    step = Step(trainer, make_rows(8))
+    step = Step(trainer, trainer.tasks[0], make_rows(8))
     with pytest.raises(Update) as caught:
         (expected_step.expected_step if mode == "expected" else sampled_step.sampled_step)(step)
     add_gradient = caught.value.args[0]
@@ -455,9 +459,9 @@ def test_only_a_choice_among_labels_earns_the_entropy_bonus(mode, tmp_path):
     for tree in rollout.trees:
         nodes = torch.arange(len(tree))
         states = [torch.randn(len(tree), trainer.model.config.hidden_size)]
-        (log_probs,) = trainer.policy.log_distributions(states, [tree])
-        choices = [trainer.policy.label_choice(tree, node) for node in nodes.tolist()]
-        entropy, paid = trainer.policy.entropy(log_probs, choices)
+        (log_probs,) = trainer.tasks[0].policy.log_distributions(states, [tree])
+        choices = [trainer.tasks[0].policy.label_choice(tree, node) for node in nodes.tolist()]
+        entropy, paid = trainer.tasks[0].policy.entropy(log_probs, choices)
         if mode == "labels":
             chosen = set(nodes.tolist())
         elif mode == "free":
@@ -498,7 +502,7 @@ def test_the_token_that_completes_the_label_earns_the_reward(tmp_path):
     trainer = make_trainer(
         tmp_path, config={"answer_space": "free", "policy_gradient": "sampled"}, how={"credit": credit}
     )
-    step = types.SimpleNamespace(trainer=trainer, engine=trainer.engine)
+    step = types.SimpleNamespace(task=trainer.tasks[0], engine=trainer.engine)
 
     def credited(text: str, ended: bool = False, label: int | None = None) -> int:
         ids = tokens(text)
@@ -549,7 +553,7 @@ def test_the_kl_is_subtracted_token_by_token(tmp_path):
     trainer = mode_trainer(
         tmp_path, "free", {"kl_coef": 0.3, "samples_per_prompt": 1}, how={"credit": lambda text, ended: None}
     )
-    trainer.reward_funcs = [lambda completions, **columns: [float(i) for i in range(len(completions))]]
+    trainer.tasks[0].reward_funcs = [lambda completions, **columns: [float(i) for i in range(len(completions))]]
     rollout = caught_rollout(trainer, make_rows(8))
     log_probs = plain_log_probs(trainer, rollout)
     with trainer.model.disable_adapter():
@@ -590,7 +594,7 @@ def noisy_score(trainer, rollout, begin: int, end: int) -> float:
 @pytest.mark.parametrize("mode", MODES)
 def test_equal_rewards_leave_the_policy_alone(mode, tmp_path):
     trainer = mode_trainer(tmp_path, mode)
-    trainer.reward_funcs = [lambda completions, **columns: [-1.0] * len(completions)]
+    trainer.tasks[0].reward_funcs = [lambda completions, **columns: [-1.0] * len(completions)]
     torch.nn.init.normal_(trainer.model.value_head.weight)  # a critic with opinions
     before = policy_weights(trainer.model)
     trainer.train()
@@ -601,7 +605,7 @@ def test_equal_rewards_leave_the_policy_alone(mode, tmp_path):
 @pytest.mark.parametrize("term", [{"kl_coef": 0.1}, {"entropy_coef": 0.1}])
 def test_equal_rewards_leave_kl_and_entropy(term, tmp_path):
     trainer = mode_trainer(tmp_path, "labels", term)
-    trainer.reward_funcs = [lambda completions, **columns: [-1.0] * len(completions)]
+    trainer.tasks[0].reward_funcs = [lambda completions, **columns: [-1.0] * len(completions)]
     before = policy_weights(trainer.model)
     trainer.train()
     assert any(not torch.equal(before[name], weight) for name, weight in policy_weights(trainer.model).items())
@@ -686,7 +690,7 @@ def test_epochs_minibatches_and_samples(mode, tmp_path):
     assert all(wanted <= set(line) for line in logs)
     assert all(math.isfinite(value) for line in logs for value in line.values())
     assert max(line["policy/clip_fraction"] for line in logs) > 0
-    assert trainer.episodes and {"prompt", "answer", "reward", "row"} == set(trainer.episodes[0])
+    assert trainer.episodes and {"prompt", "answer", "reward", "row", "task"} == set(trainer.episodes[0])
 
 
 def test_rewards_of_several_functions_add_up_and_take_columns(tmp_path):
@@ -937,11 +941,9 @@ def test_a_toy_task_is_learned(mode, tmp_path):
         prompts = [row["prompt_ids"] for row in rows]
         answers = trainer.engine.generate(prompts, Sampling(lambda text: True, 1))[1]
         if mode != "free":
-            states = trainer.engine.states(prompts, [trainer.policy.trie.tree] * len(prompts))
-            chosen = [
-                x[0].argmax()
-                for x in trainer.policy.log_distributions(states, [trainer.policy.trie.tree] * len(states))
-            ]
+            policy = trainer.tasks[0].policy
+            states = trainer.engine.states(prompts, [policy.trie.tree] * len(prompts))
+            chosen = [x[0].argmax() for x in policy.log_distributions(states, [policy.trie.tree] * len(states))]
             return sum(WORDS[int(c)] == WORDS[row["label"]] for c, row in zip(chosen, rows)) / len(rows)
         return sum(answer.text == WORDS[row["label"]] for (answer,), row in zip(answers, rows)) / len(rows)
 

@@ -40,8 +40,8 @@ class Words:
 
 def train(folder, steps: int, first: int = 0, until: int | None = None, method: str = "ppo") -> RunCallback:
     """RunCallback as a trainer would call it: in PPO every step has episodes, in SFT every evaluation."""
-    callback, task = RunCallback(folder, tasks.get("SST"), Words()), tasks.get("SST")
-    callback.trainer = SimpleNamespace(episodes=[])
+    callback, task = RunCallback(folder, Words()), tasks.get("SST")
+    callback.trainer = SimpleNamespace(episodes=[], step_task="")
     state = SimpleNamespace(global_step=first, max_steps=steps, is_world_process_zero=True)
 
     def sample() -> None:

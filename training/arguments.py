@@ -33,7 +33,7 @@ class PolicyArguments(TrainArguments):
     task: str = option("", "run", TASKS_HELP)
     datafolder_path: str = option("", "run", "folder such as data/GLUE: train on every task in it, not on --task")
     balance_tasks: bool = option(
-        False, "training", "True: every task alike often; SFT repeats small ones up to --lines_per_file"
+        False, "training", "True: every task equally often, small ones repeated; SFT: up to --lines_per_file"
     )
 
 

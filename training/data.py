@@ -62,7 +62,8 @@ def check_trainable(given: str, named: list[Task]) -> None:
 
 
 def name_of(arguments: PolicyArguments, data: list[TaskData]) -> str:
-    """What a run is of: a folder's name, a task, or several as `--task` named them."""
+    """What a run is of: a folder's or a suite's name, a task, or several."""
     if arguments.datafolder_path:
         return Path(arguments.datafolder_path).resolve().name
-    return data[0].task.name if len(data) == 1 else arguments.task.replace(" ", "")
+    given = [name.strip() for name in arguments.task.split(",")]
+    return ",".join(given if set(given) & set(tasks.SUITES) else [part.task.name for part in data])

@@ -29,12 +29,12 @@ class LabelTable:
 def expected_step(step: Step) -> float:
     """The clipped surrogate summed over all labels, weighted by the old policy. Returns the mean loss."""
     # 1. roll out: nothing is sampled, and the first update's own forward gives the old policy, as nothing has changed.
-    texts = step.trainer.label_texts
+    texts = step.task.label_texts
 
     # 2. rewards of all labels
     count, rows = len(texts), len(step.rows)
     places = [place for place in range(rows) for _ in texts]
-    flat = step.rewards(list(texts) * rows, step.trainer.label_ids * rows, places, [True] * (count * rows))
+    flat = step.rewards(list(texts) * rows, step.task.label_ids * rows, places, [True] * (count * rows))
     label_rewards = torch.tensor(flat).view(rows, count)
     rewards = step.engine.to_device(label_rewards)
 
@@ -46,7 +46,7 @@ def expected_step(step: Step) -> float:
 
     # 6. log
     log(step, table, sums)
-    words = step.trainer.label_words
+    words = step.task.label_words
     for place, best in enumerate(table.old.argmax(-1).tolist()):
         step.keep_episode(place, words[best], float(label_rewards[place, best]), place * count + best)
     return sums["loss"] / passes(step)
@@ -116,7 +116,7 @@ def log(step: Step, table: LabelTable, sums: dict[str, float]) -> None:
         reward=reward,
         spread=float((chance * (rewards - reward[:, None]) ** 2).sum(-1).mean().sqrt()),
         entropy=sums["entropy"] / passes(step),
-        shares={word: float(share) for word, share in zip(step.trainer.label_words, chance.mean(0))},
+        shares={word: float(share) for word, share in zip(step.task.label_words, chance.mean(0))},
         accuracy=float(correct.mean()) if len(correct) else None,
     )
     step.metrics |= {
@@ -134,7 +134,5 @@ def passes(step: Step) -> int:
 def expected_correct(step: Step, chance: torch.Tensor) -> torch.Tensor:
     """(prompts, labels) probabilities -> (labelled prompts,) probability of a correct label, on the CPU."""
     labelled = [i for i, row in enumerate(step.rows) if row.get("label") is not None]
-    correct = [
-        [float(step.is_correct(text, True, step.rows[i])) for text in step.trainer.label_texts] for i in labelled
-    ]
+    correct = [[float(step.is_correct(text, True, step.rows[i])) for text in step.task.label_texts] for i in labelled]
     return (chance.cpu()[labelled] * torch.tensor(correct).reshape(len(labelled), chance.shape[1])).sum(-1)

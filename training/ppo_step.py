@@ -16,6 +16,7 @@ from machine import processes
 from training import reward_functions
 
 if TYPE_CHECKING:
+    from training.ppo_task import PPOTask
     from training.ppo_trainer import PPOTrainer
 
 KL_SHARE = 8  # one prompt in so many (at least one) has its KL measured when it is not part of the reward
@@ -31,17 +32,20 @@ class Step:
     """One step of a PPOTrainer in this process.
 
     Attributes:
+        task: whose rows these are.
+        policy: over the task's answers.
         rows, prompts: this process's rows, and their token ids.
         row_offset: the first row's number among those of all processes.
         generator: of the draws of this step, the same in all processes.
         kl_coef, entropy_coef: of this step.
         metrics: what the dashboards show of the step.
-        episodes: its answers, for people: prompt, answer, reward, row, and `extra` if there is any.
+        episodes: its answers, for people: prompt, answer, reward, row, task, and `extra` if there is any.
         extra: per completion that was judged, what reward functions said of it for people; empty if nothing.
     """
 
-    def __init__(self, trainer: PPOTrainer, rows: list[dict]):
-        self.trainer, self.args, self.engine, self.policy = trainer, trainer.args, trainer.engine, trainer.policy
+    def __init__(self, trainer: PPOTrainer, task: PPOTask, rows: list[dict]):
+        self.trainer, self.args, self.engine = trainer, trainer.args, trainer.engine
+        self.task, self.policy = task, task.policy
         self.rows, self.prompts = rows, [trainer.prompt_ids(row) for row in rows]
         self.row_offset = processes.number() * len(rows)
         self.generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + trainer.state.global_step)
@@ -63,7 +67,8 @@ class Step:
         """One reward per completion: the weighted sum over all reward functions that have an opinion of it, else 0.
 
         completion_ids: tokens. places: each completion's prompt, as a place in `prompts`. ended: by the model itself;
-        a column beside those of the dataset. TrainingError for a function that fails (see reward_functions.ask).
+        a column beside those of the dataset. So is `task`, the task's name, where there are several. TrainingError for
+        a function that fails (see reward_functions.ask).
         """
         trainer = self.trainer
         extra: dict[str, list] = {}
@@ -86,7 +91,9 @@ class Step:
             "log_extra": log_extra,
             "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
         }
-        found = reward_functions.ask(trainer.reward_funcs, given, trainer.named_failure)
+        if len(trainer.tasks) > 1:
+            given["task"] = [self.task.name] * len(completions)
+        found = reward_functions.ask(self.task.reward_funcs, given, trainer.named_failure)
         self.extra = [dict(zip(extra, values)) for values in zip(*extra.values())]
         self.log_means(metrics)
         totals = reward_functions.combine(found, trainer.reward_weights)
@@ -106,12 +113,13 @@ class Step:
     def keep_episode(self, place: int, answer: str, reward: float, completion: int) -> None:
         """Keep an answer for people. place: its prompt's. completion: its number among those that `rewards` judged."""
         episode = {"prompt": self.prompts[place], "answer": answer, "reward": reward, "row": self.rows[place]}
+        episode["task"] = self.task.answer_format.task
         extra = {"extra": self.extra[completion]} if self.extra else {}
         self.episodes.append(episode | extra)
 
     def is_correct(self, text: str, ended: bool, row: dict) -> bool | None:
         """Whether an answer gives the row's label; None for a row without one."""
-        return None if row.get("label") is None else self.trainer.answer_format.is_correct(text, ended, row)
+        return None if row.get("label") is None else self.task.answer_format.is_correct(text, ended, row)
 
     def update(self, add_gradient: Callable[[list[int], list[int]], dict]) -> dict[str, float]:
         """Every update of every pass over the rollout: its gradient, summed over all processes, and an optimizer step.

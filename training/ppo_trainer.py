@@ -7,7 +7,7 @@ expected_step.py.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,23 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from engine.batches import common_prefix
 from engine.engine import Engine
 from engine.tokens import encode, encode_part
-from engine.trees import LabelTrie
-from evaluation.answer_spaces import AnswerFormat, label_trie
+from evaluation.answer_spaces import AnswerFormat
 from machine import processes
-from machine.errors import ModelError
-from rewards import JUDGEMENT_END
-from tasks import Task
 from training.arguments import GROUP_ADVANTAGES, usual_advantage
 from training.expected_step import expected_step
 from training.objectives import adapted_kl_coef
-from training.policy import Policy
 from training.ppo_step import Step, clip_gradients
+from training.ppo_task import PPOTask, Rewards, ppo_tasks
 from training.run_trainer import RunTrainer
 from training.sampled_step import sampled_step
-from training.sampler import StratifiedSampler, first_epoch_seed, stratum
+from training.sampler import TaskSampler, first_epoch_seed, stratum
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 KL_STATE = "adaptive_kl"  # in trainer_state.json, among the states of callbacks
@@ -47,6 +42,7 @@ class PPOConfig(TrainingArguments):
     answer_space: str = field(default="labels", metadata={"help": "labels: other answers are masked; free: any token"})
     save_methods: str = field(default="step", metadata={"help": "how checkpoints are named: step or epoch"})
     epoch_offset: int = field(default=0, metadata={"help": "number of the first epoch, for the checkpoints' names"})
+    balance_tasks: bool = field(default=False, metadata={"help": "every task has as many steps as the largest one"})
     policy_gradient: str = field(default="expected", metadata={"help": "sampled, or expected over all labels"})
     success_order: float = field(default=1.0, metadata={"help": "order of MaxRL's objective; expected only"})
     advantage: str = field(default="", metadata={"help": "what sampled answers are held against; see ppo.py"})
@@ -80,6 +76,9 @@ class PPOConfig(TrainingArguments):
 class PPOTrainer(RunTrainer, Trainer):
     """PPO on prompts whose answers a reward function can judge.
 
+    Of several tasks `reward_funcs`, `train_dataset` and `answer_format` are dicts by the tasks' names. A step then has
+    rows of one task, whose prompts have a long prefix in common, and is judged and logged as that task's.
+
     Args:
         model: a causal language model; with `peft_config` an adapter is put on it, and the model without the adapter
             is the reference.
@@ -104,25 +103,21 @@ class PPOTrainer(RunTrainer, Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        reward_funcs: Callable | Sequence[Callable],
+        reward_funcs: Rewards | dict[str, Rewards],
         args: PPOConfig,
-        train_dataset: Dataset | list[dict],
+        train_dataset: Dataset | list[dict] | dict[str, Dataset | list[dict]],
         processing_class: PreTrainedTokenizerBase,
-        answer_format: AnswerFormat,
+        answer_format: AnswerFormat | dict[str, AnswerFormat],
         peft_config: LoraConfig | None = None,
         compute_metrics: Callable[[Engine], dict[str, float]] | None = None,
         on_save: Callable[[Path], None] = lambda checkpoint: None,
         callbacks: list | None = None,
         engine: Engine | None = None,
     ):
-        check(args, answer_format)
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.reward_weights = args.reward_weights or [1.0] * len(self.reward_funcs)
-        if len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward functions")
+        self.tasks = ppo_tasks(answer_format, reward_funcs, train_dataset)
+        check(args, self.tasks)
+        self.reward_weights = args.reward_weights or [1.0] * len(self.tasks[0].reward_funcs)
         self.warned_of_abstention = False  # said once in a run
-        self.answer_format, self.label_words = answer_format, answer_format.task.words
-        self.label_texts = tuple(word + JUDGEMENT_END for word in self.label_words)  # as the rewards judge them
         self.evaluation, self.on_save = compute_metrics, on_save
         self.expected = args.policy_gradient == "expected"
         if peft_config is not None:
@@ -133,27 +128,18 @@ class PPOTrainer(RunTrainer, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda rows: {"rows": rows},
-            train_dataset=train_dataset,
+            data_collator=lambda items: {"rows": [row for _, row in items], "task": items[0][0]},
+            train_dataset=[(number, row) for number, task in enumerate(self.tasks) for row in task.rows],
             eval_dataset=[] if compute_metrics else None,
             processing_class=processing_class,
             callbacks=callbacks,
         )
         self.engine = engine or Engine(model, processing_class)
         self.engine.start_training(model, args.tokens_per_micro_batch)
-        self.engine.shared_length = common_prefix([self.prompt_ids(row) for row in train_dataset])
-        masked = args.answer_space == "labels"
-        self.label_ids = self.token_ids(list(self.label_texts))
-        self.policy = Policy(
-            self.engine,
-            model.value_head,
-            args.temperature,
-            labels=known_labels(answer_format.task, processing_class, needed=masked),
-            masked=masked,
-            use_CoT=answer_format.use_CoT,
-        )
+        for task in self.tasks:
+            task.start(self)
         self.step_metrics: dict[str, float] = {}  # of the last step, until they are logged
-        self.episodes: list[dict] = []  # of the last step: prompt, answer, reward, row
+        self.episodes: list[dict] = []  # of the last step: prompt, answer, reward, row, task
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -161,7 +147,9 @@ class PPOTrainer(RunTrainer, Trainer):
         """Roll out, then update; the last update's optimizer step is left to Trainer. Returns the mean loss."""
         model.eval()  # dropout would make the ratio differ from 1 on the first pass
         started, tokens = time.perf_counter(), self.engine.tokens_computed
-        step = Step(self, inputs["rows"])
+        task = self.tasks[inputs.get("task", 0)]
+        self.engine.lasting_prefix = task.prefix
+        step = Step(self, task, inputs["rows"])
         try:
             with self.enough_memory("Lower --max_prompt_length or --repeat_time"):
                 loss = expected_step(step) if self.expected else sampled_step(step)
@@ -177,13 +165,24 @@ class PPOTrainer(RunTrainer, Trainer):
             step.metrics["policy/entropy_coef"] = step.entropy_coef
         seconds = time.perf_counter() - started
         self.episodes = step.episodes
+        self.step_task = task.name if len(self.tasks) > 1 else ""
         self.step_metrics = {
-            **step.metrics,
+            **self.by_task(step.metrics),
             "time/seconds_per_step": seconds,
             "time/samples_per_second": processes.count() * len(step.rows) * self.samples_per_prompt / seconds,
             "time/tokens_per_second": sum(processes.all_gather([self.engine.tokens_computed - tokens])) / seconds,
         }
         return torch.tensor(loss, device=self.args.device)
+
+    def by_task(self, metrics: dict[str, float]) -> dict[str, float]:
+        """A step's figures; of several tasks what is of the answers goes by the task: objective/RTE/reward."""
+        if not self.step_task:
+            return metrics
+        start = "objective/"
+        return {
+            f"{start}{self.step_task}/{name.removeprefix(start)}" if name.startswith(start) else name: value
+            for name, value in metrics.items()
+        }
 
     @property
     def kl_coef(self) -> float:
@@ -259,8 +258,9 @@ class PPOTrainer(RunTrainer, Trainer):
         return clip_gradients(self)
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        return StratifiedSampler([stratum(row.get("label")) for row in rows], first_epoch_seed(self.args))
+        strata = [[stratum(row.get("label")) for row in task.rows] for task in self.tasks]
+        batch = self.args.per_device_train_batch_size * processes.count()
+        return TaskSampler(strata, batch, first_epoch_seed(self.args), self.args.balance_tasks)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -274,10 +274,13 @@ class PPOTrainer(RunTrainer, Trainer):
         self.model.value_head.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE))
 
 
-def check(args: PPOConfig, answer_format: AnswerFormat) -> None:
+def check(args: PPOConfig, tasks: list[PPOTask]) -> None:
     """ValueError for a configuration that PPO has no use for, or whose parts do not fit each other."""
-    if args.answer_space == "labels" and len(answer_format.task.words) < 2:
+    if args.answer_space == "labels" and any(len(task.label_words) < 2 for task in tasks):
         raise ValueError("answer_space='labels' needs a task of at least two words; use answer_space='free'")
+    for weights, functions in ((args.reward_weights, task.reward_funcs) for task in tasks):
+        if weights and len(weights) != len(functions):
+            raise ValueError(f"{len(weights)} reward_weights for {len(functions)} reward functions")
     prompts_per_step = args.per_device_train_batch_size * processes.count()
     if prompts_per_step % args.num_minibatches:
         raise ValueError(
@@ -288,7 +291,8 @@ def check(args: PPOConfig, answer_format: AnswerFormat) -> None:
             f"gradient_accumulation_steps {args.gradient_accumulation_steps} must be 1, as a step is one rollout "
             f"(more prompts per step do the same), and max_grad_norm {args.max_grad_norm} greater than 0"
         )
-    if args.policy_gradient == "expected" and (args.answer_space != "labels" or answer_format.use_CoT):
+    use_CoT = any(task.answer_format.use_CoT for task in tasks)
+    if args.policy_gradient == "expected" and (args.answer_space != "labels" or use_CoT):
         raise ValueError(
             "policy_gradient='expected' sums over all labels, so it needs answer_space='labels' without use_CoT; "
             "use policy_gradient='sampled'"
@@ -301,16 +305,6 @@ def check(args: PPOConfig, answer_format: AnswerFormat) -> None:
         raise ValueError(f"advantage={args.advantage!r} compares the answers to a prompt: samples_per_prompt >= 2")
     if args.kl_target and not args.kl_coef > 0:
         raise ValueError(f"kl_target {args.kl_target} adapts kl_coef, which must be greater than 0")
-
-
-def known_labels(task: Task, tokenizer: PreTrainedTokenizerBase, needed: bool) -> LabelTrie | None:
-    """The task's labels as a trie; None if they cannot be told apart and are not `needed`, else ModelError."""
-    try:
-        return label_trie(task, tokenizer)
-    except (ModelError, ValueError):
-        if needed:
-            raise
-        return None
 
 
 def add_value_head(model: PreTrainedModel) -> None:

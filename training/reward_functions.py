@@ -181,8 +181,8 @@ def weights_of(reward_weights: str) -> list[float] | None:
     return weights
 
 
-def load(reward: str, columns: Iterable[str]) -> list[Callable]:
-    """The functions that a checked `--reward` names. columns: the dataset's.
+def load(reward: str, *columns: Iterable[str]) -> list[Callable]:
+    """The functions that a checked `--reward` names. columns: of each task's rows.
 
     Raises ArgumentError if a module cannot be imported, or if a function is missing or takes other arguments.
     """
@@ -193,7 +193,8 @@ def load(reward: str, columns: Iterable[str]) -> list[Callable]:
         if not callable(function):
             problem = f"there is no {name} in {place}" if function is None else f"{name} is no function"
             raise ArgumentError(f"--reward {item}: {problem}; name one that is defined there")
-        _check_signature(function, item, [*GIVEN, *columns])
+        for names in columns:
+            _check_signature(function, item, [*GIVEN, *names])
         functions.append(function)
     return functions
 

@@ -37,12 +37,14 @@ class RunTrainer:
         evaluation: `(engine) -> dict` of held-out figures, whose `score` decides what is best.
         on_save: called with every checkpoint's folder before it counts as written.
         samples_per_step: of all processes.
+        step_task: the name of the task that the last step's rows were of, where a step takes one of several.
     """
 
     engine: Engine
     evaluation: Callable[[Engine], dict[str, float]]
     on_save: Callable[[Path], None]
     samples_per_step: int
+    step_task: str = ""
     saved_step: int | None = None  # of the last checkpoint that was written or loaded
 
     def train_from(self, checkpoint: Path | None) -> None:

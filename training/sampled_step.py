@@ -107,18 +107,18 @@ def roll_out(step: Step) -> Rollout:
 
 def sample(step: Step) -> tuple[list[Tree], list[list[Answer]], list[torch.Tensor]]:
     """Per prompt its tree, sampled answers and states (nodes, hidden)."""
-    args, trainer, trie = step.args, step.trainer, step.policy.trie
+    args, task, trie = step.args, step.task, step.policy.trie
     keep = args.num_minibatches == 1  # one update takes all of the rollout
-    stop = trainer.answer_format.stop_rule(early=True) if trie is None else analysis_closed
+    stop = task.answer_format.stop_rule(early=True) if trie is None else analysis_closed
     sampling = Sampling(
         stop, args.max_response_length, args.samples_per_prompt, args.temperature, step.generator, step.row_offset
     )
     if trie is None:
         return step.engine.generate(step.prompts, sampling, keep=keep)
     if step.policy.only_labels:
-        return classify(step.engine, step.prompts, sampling, trie, trainer.label_texts, keep=keep)
+        return classify(step.engine, step.prompts, sampling, trie, task.label_texts, keep=keep)
     link = judgement_link(step.engine.tokenizer)
-    return generate_then_classify(step.engine, step.prompts, sampling, trie, trainer.label_texts, link, keep=keep)
+    return generate_then_classify(step.engine, step.prompts, sampling, trie, task.label_texts, link, keep=keep)
 
 
 # -------------------------------------------------------------------------------------------------------------- rewards
@@ -203,7 +203,7 @@ def gae_of_answers(
 
 def earning_token(step: Step, answer: Answer) -> int:
     """Which of the answer's tokens earns the reward: the one that completes the label, else the last."""
-    end = step.trainer.answer_format.label_length(answer.text, answer.ended)
+    end = step.task.answer_format.label_length(answer.text, answer.ended)
     if answer.label is None and end is not None:
         for t in range(len(answer.tokens)):
             if len(step.engine.tokenizer.decode(answer.tokens[: t + 1])) >= end:
@@ -306,10 +306,10 @@ def log_answers(step: Step, rollout: Rollout, scores: list[float], entropy: floa
 
 def answered(step: Step, answer: Answer) -> str:
     """Which of the label words an answer gives: `invalid` if none, `other` for a number that is not listed."""
-    words = step.trainer.label_words
+    words = step.task.label_words
     if answer.label is not None:
         return words[answer.label]
-    end = step.trainer.answer_format.label_length(answer.text, answer.ended)
+    end = step.task.answer_format.label_length(answer.text, answer.ended)
     if end is None:
         return "invalid"
     text = fold(answer.text[:end])

@@ -185,7 +185,7 @@ class TrainingRun:
                 folder.mkdir(exist_ok=True)
                 own.keep_task(folder, part.task)
         guard.at_exit.append(lambda code: run.close())
-        self.progress = RunCallback(self.folder, data[0].task, tokenizer)
+        self.progress = RunCallback(self.folder, tokenizer, several=len(data) > 1)
         trackers = dashboards.wandb_callbacks(arguments.report_to, self.progress, method)
         guard.at_exit += [tracker.close for tracker in trackers]
         self.callbacks: list[TrainerCallback] = [StopCallback(guard), self.progress, *trackers]
