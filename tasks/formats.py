@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -31,8 +32,44 @@ def _mrpc(task: Task, split: str, records: Iterable[Record], source: str) -> Ite
 
 
 def _wsc(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
-    """The spans lie in `target` in the file; the hub has them flat."""
-    return ((number, record | record.get("target", {})) for number, record in records)
+    """The spans lie in `target` in the file; the hub has them flat.
+
+    The text is returned with its spans marked, the candidate as _Bob_ and the pronoun as *he*: in every fifth row the
+    pronoun's word occurs more than once, and its place decides the label.
+    """
+    for number, record in records:
+        flat = record | record.get("target", {})
+        spans = []
+        for name, mark in (("span1", "_"), ("span2", "*")):
+            start, end = _find_span(flat["text"], flat[f"{name}_text"], int(flat[f"{name}_index"]))
+            spans.append((start, end, mark))
+        yield number, flat | {"text": _marked(flat["text"], spans)}
+
+
+def _find_span(text: str, span: str, index: int) -> tuple[int, int]:
+    """Where a span that should begin with the text's word number `index` begins and ends, in characters.
+
+    Some spans of the original files begin a word further on, differ in case, or end in a full stop that the text lacks:
+    the nearest occurrence is taken. A span that occurs nowhere ("Ida and Bo" for "Ida, or Bo") is that word alone.
+    ValueError if the text has no such word.
+    """
+    words = list(re.finditer(r"\S+", text))
+    if not 0 <= index < len(words):
+        raise ValueError(f"the span {short_repr(span)} begins with word {index} of a text of {len(words)} words")
+    pattern = r"\s+".join(map(re.escape, span.strip().removesuffix(".").split()))
+    found = re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) if pattern else ()
+    begins = words[index].start()
+    return min((match.span() for match in found), key=lambda at: abs(at[0] - begins), default=words[index].span())
+
+
+def _marked(text: str, spans: list[tuple[int, int, str]]) -> str:
+    """The text with a mark before and after each span (start, end, mark); one inside another is marked inside."""
+    opening: dict[int, str] = {}
+    closing: dict[int, str] = {}
+    for start, end, mark in sorted(spans, key=lambda span: span[0] - span[1]):  # the longest first
+        opening[start] = opening.get(start, "") + mark
+        closing[end] = mark + closing.get(end, "")
+    return "".join(closing.get(i, "") + opening.get(i, "") + text[i : i + 1] for i in range(len(text) + 1))
 
 
 def _multirc(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:

@@ -445,6 +445,7 @@ _TABLE = [
         metrics=("accuracy",),
         submission="WSC.jsonl",
         submission_words=("False", "True"),
+        version=2,  # the text marks the pronoun and the candidate
     ),
     Task(
         name="AX-b",

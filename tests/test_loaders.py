@@ -198,7 +198,7 @@ def test_superglue_labels_as_words_numbers_and_booleans():
 def test_wsc_and_wic_keep_their_spans():
     assert read("WSC", "train")[1] == {
         "id": 1,
-        "text": "The vase missed the chair when it fell .",
+        "text": "The vase missed _the chair_ when *it* fell .",
         "span1_text": "the chair",
         "span2_text": "it",
         "span1_index": 3,
@@ -207,6 +207,33 @@ def test_wsc_and_wic_keep_their_spans():
     }
     row = read("WiC", "train")[0]
     assert row["sentence1"][row["start1"] : row["end1"]] == row["sentence2"][row["start2"] : row["end2"]] == "bank"
+
+
+@pytest.mark.parametrize(
+    ("text", "candidate", "pronoun", "marked"),
+    [
+        ("he saw Bob before he left", ("Bob", 2), ("he", 0), "*he* saw _Bob_ before he left"),
+        ("he saw Bob before he left", ("Bob", 2), ("he", 4), "he saw _Bob_ before *he* left"),
+        ('"He  saw \n Bob\'s dog," she said.', ("Bob", 2), ("He", 0), '"*He*  saw \n _Bob_\'s dog," she said.'),
+        ("the old   Fox ran as it fell", ("The old Fox.", 0), ("it", 6), "_the old   Fox_ ran as *it* fell"),
+        ("they asked their mothers", ("their mothers", 2), ("their", 2), "they asked _*their* mothers_"),
+        ("Ann use it, but it fell", ("Ann", 0), ("it", 1), "_Ann_ use *it*, but it fell"),  # a word too far on
+        ("Ida, or so Bo said, left it", ("Ida and Bo", 0), ("it", 6), "_Ida,_ or so Bo said, left *it*"),
+    ],
+    ids=["first", "second", "punctuation", "spelling", "nested", "wrong-index", "pieced-together"],
+)
+def test_wsc_marks_its_spans_where_they_stand(tmp_path, text, candidate, pronoun, marked):
+    spans = dict(zip(("span1_text", "span1_index", "span2_text", "span2_index"), candidate + pronoun, strict=True))
+    line = json.dumps({"idx": 0, "text": text, "target": spans, "label": True})
+    (row,) = load(tasks.get("WSC"), "train", data_path=write(tmp_path, "train.jsonl", line))
+    assert row["text"] == marked
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_wsc_span_outside_of_its_text(tmp_path, index):
+    spans = {"span1_text": "Bob", "span1_index": 2, "span2_text": "he", "span2_index": index}
+    line = json.dumps({"idx": 0, "text": "he saw Bob", "target": spans, "label": True})
+    rejects(tmp_path, "WSC", "train.jsonl", line, f"the span 'he' begins with word {index} of a text of 3 words")
 
 
 def test_multirc_ids_are_copied_and_never_renumbered():
@@ -398,7 +425,9 @@ def test_hub_rows_of_the_nested_tasks_equal_those_of_the_files(tmp_path, hub):
         table = [query for (part, _), query in queries.items() if part == split]
         hub.tables["aps/super_glue", "record", split] = table
     spans = [
-        {key: value for key, value in row.items() if key != "id"} | {"idx": row["id"]} for row in read("WSC", "train")
+        {key: value for key, value in row.items() if key != "id"}
+        | {"idx": row["id"], "text": row["text"].replace("*", "").replace("_", "")}  # the hub's has no marks
+        for row in read("WSC", "train")
     ]
     hub.tables["aps/super_glue", "wsc", "train"] = spans
     for name, split in (("MultiRC", "train"), ("ReCoRD", "train"), ("ReCoRD", "test"), ("WSC", "train")):

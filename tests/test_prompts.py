@@ -5,6 +5,7 @@ anew; read the difference before keeping it, and raise the task's `version`.
 """
 
 import copy
+import json
 import os
 import string
 import time
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ORIGINALS
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -22,6 +24,7 @@ import rewards
 from engine import models
 from engine.batches import common_prefix
 from machine.errors import PromptError
+from tasks import loaders
 from tasks.table import TASKS, Task
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -48,7 +51,7 @@ TEXTS = {
         "entity": "Mira Olsen",
     },
     "WiC": {"word": "bank", "sentence1": "We sat on the bank.", "sentence2": "The bank was closed."},
-    "WSC": {"text": "Mira thanked Ada because she had helped.", "span1_text": "Ada", "span2_text": "she"},
+    "WSC": {"text": "Mira thanked _Ada_ because *she* had helped.", "span1_text": "Ada", "span2_text": "she"},
     "SIGA-nli": {"premise": "Some of the guests left early.", "statement": "Not all guests left early."},
     "MentalHealth": {"text": "I slept well and went for a walk."},
 }
@@ -133,6 +136,38 @@ def test_assistant_turn_is_begun(chat, plain, use_CoT):
         ids, _ = prompts.build(task, made_up_row(task), tokenizer, use_CoT=use_CoT)
         assert tokenizer.decode(ids).endswith(role + opening)
     assert ("</Analysis>" in tokenizer.decode(ids)) == use_CoT
+
+
+def rows_with_two_labels(rows: list[dict], task: Task) -> int:
+    """How many prompts stand for rows of opposite labels."""
+    labels: dict[str, set] = {}
+    for row in rows:
+        labels.setdefault(prompts.row_text(task, row), set()).add(row["label"])
+    return sum(len(found) > 1 for found in labels.values())
+
+
+def test_wsc_says_which_occurrence_of_the_pronoun_is_meant(tmp_path):
+    text = "Ada helped Mira because she knew that she needed it ."
+    candidate = {"span1_text": "Ada", "span1_index": 0, "span2_text": "she"}
+    lines = [
+        {"idx": i, "text": text, "target": candidate | {"span2_index": index}, "label": label}
+        for i, (index, label) in enumerate([(4, True), (7, False)])
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    rows = loaders.load(TASKS["WSC"], "train", data_path=path)
+    assert rows_with_two_labels(rows, TASKS["WSC"]) == 0
+    unmarked = [row | {"text": text} for row in rows]
+    assert rows_with_two_labels(unmarked, TASKS["WSC"]) == 1
+
+
+def test_no_original_wsc_prompt_stands_for_rows_of_opposite_labels():
+    if not (ORIGINALS / "SuperGLUE/WSC/train.jsonl").is_file():
+        pytest.skip(f"no original WSC file below {ORIGINALS}")
+    rows = loaders.load(TASKS["WSC"], "train", ORIGINALS)
+    assert rows_with_two_labels(rows, TASKS["WSC"]) == 0
+    unmarked = [row | {"text": row["text"].replace("*", "").replace("_", "")} for row in rows]
+    assert rows_with_two_labels(unmarked, TASKS["WSC"]) == 12
 
 
 @pytest.mark.parametrize("text", ["{x} {words} {0} {sentence", "%s $x {{}}", "</Judgement> <Judgement>positive", "\\n"])
