@@ -117,6 +117,7 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
 
     # 1. inputs
     task, tokenizer = data.task, load_tokenizer(arguments)
+    fill_in_length(arguments, task, [*data.train, *data.held_out], tokenizer)
     train_inputs, shortened = classifying.build_inputs(task, data.train, tokenizer, arguments.max_prompt_length)
     inputs, shortened_too = classifying.build_inputs(task, data.held_out, tokenizer, arguments.max_prompt_length)
     data.held_out_prompts = [row["input_ids"] for row in inputs]
@@ -156,6 +157,21 @@ def load_tokenizer(arguments: HeadArguments):
 
     how = arguments.from_local, arguments.trust_remote_code
     return classifier.load_tokenizer(arguments.train_model_name, *how)
+
+
+def fill_in_length(arguments: HeadArguments, task: Task, rows: list[dict], tokenizer) -> None:
+    """--max_prompt_length by the data, if it is not given. Raises ModelError."""
+    from engine import classifier
+    from evaluation import classifying, prompt_length
+
+    def measure(rows: list[dict]) -> list[int]:
+        inputs, _ = classifying.build_inputs(task, rows, tokenizer, prompt_length.WHOLE)
+        return [len(row["input_ids"]) for row in inputs]
+
+    if arguments.max_prompt_length is None:
+        how = arguments.from_local, arguments.trust_remote_code
+        limit = classifier.length_limit(arguments.train_model_name, *how, tokenizer)
+        arguments.max_prompt_length = prompt_length.of_task(task, rows, measure, limit)
 
 
 def load_model(arguments: HeadArguments, task: Task, tokenizer):
@@ -214,6 +230,7 @@ def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
 
     started = time.perf_counter()
     tokenizer = load_tokenizer(arguments)
+    fill_in_length(arguments, task, job.rows, tokenizer)
     inputs, shortened = classifying.build_inputs(task, job.rows, tokenizer, arguments.max_prompt_length)
     model = load_model(arguments, task, tokenizer)
     with contextlib.ExitStack() as held:

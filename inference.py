@@ -14,6 +14,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -97,8 +98,11 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
 
         from engine import models, templates
         from engine.loading import load_frozen_engine
+        from evaluation import prompt_length
 
-        how = dict(tokens_per_micro_batch=arguments.tokens_per_micro_batch, **arguments.model_options)
+        lengths = prompt_length.of_jobs(arguments, jobs)
+        how = arguments.model_options | {"longest": max(lengths) + arguments.max_response_length}
+        how["tokens_per_micro_batch"] = arguments.tokens_per_micro_batch
         engine, loaded = load_frozen_engine(jobs[0].model, **how), jobs[0].model
         check_vocabularies(arguments, jobs, engine)
         moment = prompt_record.prompts_time(arguments.resume)
@@ -108,7 +112,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
         guard.saved = "the answers so far are kept"
         print(models.device_line())
         summaries: dict[str, dict] = {}
-        for job in jobs:
+        for job, length in zip(jobs, lengths):
             folder = top / folder_of(job.task) if several else top
             folder.mkdir(exist_ok=True)
             stored = processes.broadcast_from_main(
@@ -125,7 +129,9 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
             transformers.set_seed(arguments.seed)
             trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
             used = method or ("trained" if trained else "zero-shot")
-            summaries[job.task.name] = run_job(arguments, job, engine, folder, used, show)
+            summaries[job.task.name] = run_job(
+                replace(arguments, max_prompt_length=length), job, engine, folder, used, show
+            )
         if processes.is_main():
             outcome.finish(arguments, jobs, top, summaries, several)
 
@@ -133,11 +139,11 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
 def check_vocabularies(arguments: InferenceArguments, jobs: list[Job], engine) -> None:
     """ModelError, before there is a folder, if the first model has no embeddings for tokens that its rows hold."""
     from engine.loading import check_vocabulary, may_lack_embeddings
-    from evaluation import answer_spaces, answering
+    from evaluation import answer_spaces, answering, prompt_length
 
     if not may_lack_embeddings(engine):
         return
-    how = arguments.use_CoT, arguments.max_prompt_length
+    how = arguments.use_CoT, arguments.max_prompt_length or prompt_length.WHOLE
     for job in jobs:
         if job.model == jobs[0].model:
             shots = no_shots(arguments, job, engine.tokenizer)

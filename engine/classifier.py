@@ -5,12 +5,14 @@ padding (Llama-like decoders, GPT-2), on the pooled first token (BERT), or two l
 are those that transformers initialises: normal with the configuration's initializer_range, biases 0.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -18,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import models
+from engine import loading, models
 from engine.batches import micro_batches
 from engine.folders import ADAPTER_CONFIG, EMBEDDED, HEAD
 from machine import manifests
@@ -77,6 +79,15 @@ def load_tokenizer(name: str, from_local: bool, trust_remote_code: bool) -> PreT
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def length_limit(name: str, from_local: bool, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase) -> float:
+    """The tokens that a model can read; infinity if neither it nor its tokenizer says. Raises ModelError."""
+    base, _ = base_and_adapter(name, from_local)
+    with models.clear_errors(name), models.quiet():
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    # Of RoBERTa's 514 positions two are no tokens', as only its tokenizer knows.
+    return min(loading.length_limit(config) or math.inf, tokenizer.model_max_length)
 
 
 def load(

@@ -21,7 +21,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -120,6 +127,13 @@ def adapter_chain(name: str, from_local: bool) -> tuple[str, list[Path]]:
         return str(folder), []
     base = adapters.settings(folder)["base_model_name_or_path"]
     return (str(embedded_folder()) if base == EMBEDDED else base), adapters.chain(folder)
+
+
+def load_config(name: str, from_local: bool = False, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model, without its weights. Raises ModelError."""
+    base, _ = adapter_chain(name, from_local)
+    with clear_errors(name), quiet():
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, from_local: bool = False, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -17,7 +17,6 @@ import tasks
 from engine.folders import EMBEDDED, check_folder
 from machine import processes
 from machine.errors import ArgumentError, clear_errors
-from prompts import MAX_PROMPT_LENGTH
 from run.parser import Parser, option, option_types, options_of
 from tasks import Task, guessing, own, tables
 
@@ -51,8 +50,8 @@ class Arguments:
     load_in_8bit: bool = option(False, "model", "True: the base model's linear layers with 8-bit weights")
     load_in_4bit: bool = option(False, "model", "True: with 4-bit weights (NF4, as QLoRA)")
     trust_remote_code: bool = option(False, "model", "True: run the Python code that comes with the model")
-    max_prompt_length: int = option(
-        MAX_PROMPT_LENGTH, "answers", "tokens in a prompt; the passage of a longer one is truncated"
+    max_prompt_length: int | None = option(
+        None, "answers", "tokens in a prompt; a longer passage is truncated; default: by the data"
     )
     max_response_length: int = option(0, "answers", "tokens in an answer; 0: 16, or 96 with --use_CoT True")
     answer_space: str = option("", "answers", "labels (default): only the task's labels; free: any token")
@@ -65,9 +64,10 @@ class Arguments:
 
     @property
     def model_options(self) -> dict:
-        """What engine.loading takes beside the model's name and its tokenizer."""
+        """What engine.loading takes beside the model's name and its tokenizer; `longest` is 0 as long as the prompts'
+        length is to be decided."""
         return dict(
-            longest=self.max_prompt_length + self.max_response_length,
+            longest=self.max_prompt_length + self.max_response_length if self.max_prompt_length else 0,
             from_local=self.from_local,
             bits=8 if self.load_in_8bit else 4 if self.load_in_4bit else 0,
             trust_remote_code=self.trust_remote_code,

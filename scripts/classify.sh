@@ -36,7 +36,7 @@ options=(
     # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
     # --max_steps 100                 # number of steps; 0: all epochs; default: 72 without --end_epoch
     # --- answers
-    # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated
+    # --max_prompt_length 512         # tokens in a prompt; a longer passage is truncated; default: by the data
     # --- evaluation and saving
     # --eval_size 500                 # held-out rows to evaluate on; 0: all
     # --report_to none                # dashboard: none, wandb, tensorboard or trackio

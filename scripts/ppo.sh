@@ -62,7 +62,7 @@ options=(
     # --reward_weights 1,0.5          # weights such as 1,0.5: of the task's reward, then of each of --reward
     # --- answers
     # --model_temperature 1.0         # sampling temperature
-    # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated
+    # --max_prompt_length 512         # tokens in a prompt; a longer passage is truncated; default: by the data
     # --max_response_length 8         # tokens in an answer; 0: 16, or 96 with --use_CoT True
     # --answer_space labels           # labels (default): only the task's labels; free: any token
     # --number_answer likeliest       # STS-B, among labels: mean of the numbers (default), or likeliest

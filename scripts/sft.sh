@@ -46,7 +46,7 @@ options=(
     # --number_target nearest         # --loss_on label, STS-B: nearest number, or soft: close ones too
     # --- answers
     # --model_temperature 1.0         # sampling temperature
-    # --max_prompt_length 512         # tokens in a prompt; the passage of a longer one is truncated
+    # --max_prompt_length 512         # tokens in a prompt; a longer passage is truncated; default: by the data
     # --max_response_length 8         # tokens in an answer; 0: 16, or 96 with --use_CoT True
     # --answer_space labels           # labels (default): only the task's labels; free: any token; score: likeliest one
     # --number_answer likeliest       # STS-B, among labels: mean of the numbers (default), or likeliest

@@ -59,7 +59,7 @@ def embedded():
 def test_prompt_and_answer_have_the_ids_of_inference(name, loss_on, embedded):
     task = tasks.get(name)
     rows = loaders.load(task, "train", data_root=FIXTURES)
-    arguments = sft.SFTArguments(task=name, loss_on=loss_on)
+    arguments = sft.SFTArguments(max_prompt_length=512, task=name, loss_on=loss_on)
     table, _ = sft.dataset(arguments, [TaskData(task, rows, rows)], embedded)
     trie = answer_spaces.label_trie(task, embedded)
     for row, entry in zip(rows, table, strict=True):
@@ -78,7 +78,9 @@ def test_prompt_and_answer_have_the_ids_of_inference(name, loss_on, embedded):
 
 def test_rows_are_repeated_and_limited_per_task(embedded):
     task = tasks.get("SST")
-    arguments = sft.SFTArguments(task="SST", data_path=str(FIXTURES), repeat_time=3, lines_per_file=2)
+    arguments = sft.SFTArguments(
+        max_prompt_length=512, task="SST", data_path=str(FIXTURES), repeat_time=3, lines_per_file=2
+    )
     parts = sft.load(arguments, [(task, splits.task_path(task, arguments.data_path))])
     assert len(parts[0].train) == 2
     table, _ = sft.dataset(arguments, parts, embedded)
@@ -88,7 +90,9 @@ def test_rows_are_repeated_and_limited_per_task(embedded):
 @pytest.mark.parametrize("loss_on", ["label", "answer"])
 def test_balanced_tasks_have_the_same_number_of_rows(loss_on, embedded):
     """Three rows of SST and two of CB, up to seven: every row as often as any other of its task, or once more."""
-    arguments = sft.SFTArguments(data_path=str(FIXTURES), lines_per_file=7, balance_tasks=True, loss_on=loss_on)
+    arguments = sft.SFTArguments(
+        max_prompt_length=512, data_path=str(FIXTURES), lines_per_file=7, balance_tasks=True, loss_on=loss_on
+    )
     known = [tasks.get("SST"), tasks.get("CB")]
     rows = [loaders.load(task, "train", data_root=FIXTURES)[:size] for task, size in zip(known, (3, 2))]
     table, _ = sft.dataset(arguments, [TaskData(task, part, part) for task, part in zip(known, rows)], embedded)
@@ -101,7 +105,9 @@ def test_balanced_tasks_have_the_same_number_of_rows(loss_on, embedded):
 
 @pytest.mark.parametrize("loss_on", ["answer", "full"])
 def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folder, data_root, tmp_path):
-    arguments = sft.SFTArguments(task="SST", data_path=str(data_root), batch_sentence_num=6, max_steps=1)
+    arguments = sft.SFTArguments(
+        max_prompt_length=512, task="SST", data_path=str(data_root), batch_sentence_num=6, max_steps=1
+    )
     arguments.loss_on, arguments.report_to = loss_on, "none"
     tokenizer = models.load_tokenizer(str(model_folder), True)
     sft.check(arguments)
@@ -198,7 +204,9 @@ def test_loss_on_labels_is_cross_entropy_over_whole_label_strings(names, options
     known = {"phrases": TaskData(PHRASES, FILM, FILM), "STS-B": TaskData(tasks.get("STS-B"), numbers, numbers)}
     parts = [known[name] for name in names]
     count = sum(len(part.train) for part in parts)
-    arguments = sft.SFTArguments(loss_on="label", batch_sentence_num=count, max_steps=1, report_to="none", **options)
+    arguments = sft.SFTArguments(
+        max_prompt_length=512, loss_on="label", batch_sentence_num=count, max_steps=1, report_to="none", **options
+    )
     trainer = label_trainer(arguments, parts, model_folder, tmp_path)
     trainer.engine.tokens_per_micro_batch = 100  # several micro-batches behind a shared prefix
     (batch,) = trainer.get_train_dataloader()
@@ -223,7 +231,7 @@ def test_loss_on_labels_is_cross_entropy_over_whole_label_strings(names, options
 
 def test_loss_on_labels_sees_the_rows_in_the_order_of_ppo(model_folder, data_root, tmp_path):
     given = dict(task="SST", data_path=str(data_root), batch_sentence_num=8, max_steps=2, report_to="none", seed=3)
-    arguments = sft.SFTArguments(loss_on="label", **given)
+    arguments = sft.SFTArguments(max_prompt_length=512, loss_on="label", **given)
     parts = sft.load(arguments, find_tasks(arguments))
     trainer = label_trainer(arguments, parts, model_folder, tmp_path)
     config = PPOConfig(output_dir=str(tmp_path), seed=3, use_cpu=True, report_to=[])
@@ -253,7 +261,7 @@ def test_a_run_with_loss_on_labels(model_folder, data_root, tmp_path):
 def test_a_task_without_labels_to_choose_among_is_refused():
     part = TaskData(dataclasses.replace(PHRASES, words=()), FILM, FILM)
     with pytest.raises(ArgumentError, match="--loss_on label: SST has no label set; use --loss_on answer"):
-        sft.check_label_sets(sft.SFTArguments(loss_on="label"), [part])
+        sft.check_label_sets(sft.SFTArguments(max_prompt_length=512, loss_on="label"), [part])
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

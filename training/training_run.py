@@ -14,7 +14,7 @@ import rewards
 from engine import models, templates
 from engine.classifier import Classifier
 from engine.engine import Engine
-from evaluation import answer_spaces, predict, predictions, scores
+from evaluation import answer_spaces, predict, predictions, prompt_length, scores
 from evaluation.predictions import Prediction
 from machine import processes
 from run import dashboards, prompt_record
@@ -32,7 +32,7 @@ EPISODES_PER_TASK = 2
 
 def load_tokenizer(arguments: TrainArguments, data: list[TaskData]) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ModelError, also if labels that it must tell apart are spelled alike; says where
-    labels cannot be spelled as they continue the opening tag."""
+    labels cannot be spelled as they continue the opening tag. Fills in --max_prompt_length. Raises PromptError."""
     tokenizer = models.load_tokenizer(arguments.train_model_name, arguments.from_local, arguments.trust_remote_code)
     for part in data:
         if arguments.answer_space != "free":
@@ -40,6 +40,12 @@ def load_tokenizer(arguments: TrainArguments, data: list[TaskData]) -> PreTraine
         if notice := answer_spaces.spelling_notice(part.task, tokenizer):
             print(notice)
     templates.set_time(tokenizer, prompt_record.prompts_time(arguments.resume))
+    if arguments.max_prompt_length is None:
+        limit = prompt_length.limit_of(arguments, arguments.train_model_name)
+        arguments.max_prompt_length = max(
+            prompt_length.for_prompts(arguments, part.task, [*part.train, *part.held_out], tokenizer, limit)
+            for part in data
+        )
     return tokenizer
 
 
