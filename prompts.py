@@ -53,11 +53,11 @@ ENTAILMENT = Wording(
     question="Does the statement follow (yes or no):",
 )
 ENTAILMENT_OR_CONTRADICTION = Wording(
-    instruction="Read a text and decide whether a statement follows from it. If the text says or implies that the "
-    "statement is true, the answer is yes, if it says or implies that the statement is false, the answer is no, "
-    f"if the text leaves it open, the answer is maybe. Possible answers: {between_tags('yes', 'maybe', 'no')}.",
+    instruction="Read a text and decide whether a statement is true. If the text says or implies that the statement is "
+    "true, the answer is yes, if it says or implies that the statement is false, the answer is no, if the text leaves "
+    f"it open, the answer is unclear. Possible answers: {between_tags('yes', 'no', 'unclear')}.",
     body="Text: {premise}\nStatement: {hypothesis}",
-    question="Does the statement follow (yes, maybe or no):",
+    question="Is the statement true (yes, no or unclear):",
 )
 WORDINGS: dict[str, Wording] = {
     "CoLA": Wording(

@@ -48,11 +48,11 @@ AX_B = ("AX-b.jsonl", "axb.jsonl", "test.jsonl")
 AX_G = ("AX-g.jsonl", "axg.jsonl", "test.jsonl")
 HUB_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 PARAPHRASES = "msr_paraphrase_train.txt"  # holds train and validation; dev_ids.tsv tells them apart
-NO_YES, YES_NO, YES_MAYBE_NO, YES_NO_MAYBE = (
+NO_YES, YES_NO, YES_UNCLEAR_NO, YES_NO_UNCLEAR = (
     ("no", "yes"),
     ("yes", "no"),
-    ("yes", "maybe", "no"),
-    ("yes", "no", "maybe"),
+    ("yes", "unclear", "no"),
+    ("yes", "no", "unclear"),
 )
 # Of a task of one's own. Half of their mean counts each row alike (accuracy, weighted F1), half each label.
 OWN_METRICS = ("accuracy", "macro_f1", "weighted_f1", "matthews")
@@ -175,10 +175,11 @@ _TABLE = [
         fields=("premise", "hypothesis"),
         passage=("premise",),
         labels=NLI,
-        words=YES_MAYBE_NO,
+        words=YES_UNCLEAR_NO,
         metrics=("accuracy",),
         submission="MNLI-m.tsv",
         submission_words=NLI,
+        version=2,  # another wording, "unclear" in place of "maybe"
     ),
     Task(
         name="MNLI-mm",
@@ -196,10 +197,11 @@ _TABLE = [
         fields=("premise", "hypothesis"),
         passage=("premise",),
         labels=NLI,
-        words=YES_MAYBE_NO,
+        words=YES_UNCLEAR_NO,
         metrics=("accuracy",),
         submission="MNLI-mm.tsv",
         submission_words=NLI,
+        version=2,  # another wording, "unclear" in place of "maybe"
     ),
     Task(
         name="QNLI",
@@ -270,11 +272,12 @@ _TABLE = [
         fields=("premise", "hypothesis"),
         passage=("premise",),
         labels=NLI,
-        words=YES_MAYBE_NO,
+        words=YES_UNCLEAR_NO,
         metrics=("matthews",),
         submission="AX.tsv",
         submission_words=NLI,
         answered_by="MNLI-m",
+        version=2,  # another wording, "unclear" in place of "maybe"
     ),
     # ------------------------------------------------------------------------------------------------- SuperGLUE
     Task(
@@ -304,10 +307,11 @@ _TABLE = [
         fields=("premise", "hypothesis"),
         passage=("premise",),
         labels=("entailment", "contradiction", "neutral"),
-        words=YES_NO_MAYBE,
+        words=YES_NO_UNCLEAR,
         metrics=("macro_f1", "accuracy"),
         submission="CB.jsonl",
         submission_words=("entailment", "contradiction", "neutral"),
+        version=2,  # another wording, "unclear" in place of "maybe"
     ),
     Task(
         name="COPA",
@@ -522,8 +526,9 @@ _TABLE = [
         fields=("premise", "statement"),
         passage=("premise",),
         labels=NLI,
-        words=YES_MAYBE_NO,
+        words=YES_UNCLEAR_NO,
         metrics=("accuracy", "macro_f1"),
+        version=2,  # another wording, "unclear" in place of "maybe"
     ),
     Task(
         name="MentalHealth",
