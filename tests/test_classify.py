@@ -277,7 +277,7 @@ def refused(capsys, *arguments, script=classify) -> str:
     [
         (["--answer_space", "free"], "unrecognized arguments: --answer_space free"),
         (["--use_CoT", "True"], "unrecognized arguments: --use_CoT True"),
-        (["--task", "GLUE"], "--task GLUE: "),
+        (["--task", "GLUE"], "--task GLUE names 11 tasks"),
         (["--task", "AX"], "--task AX has no training data; train on MNLI-m"),
         (["--split", "train"], "--split train must be one of validation, test"),
         (["--split", "test"], "asks a trained head, and --train_model_name SmolLM2-135M-Instruct is none"),
