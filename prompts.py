@@ -131,8 +131,7 @@ WORDINGS: dict[str, Wording] = {
         question="Same ({words}):",
     ),
     "WSC": Wording(
-        instruction="Read a text and decide what a pronoun in it refers to. The text marks the pronoun as *it* and the "
-        "candidate as _name_. Possible answers: {answers}.",
+        instruction="Read a text and decide what a pronoun in it refers to. Possible answers: {answers}.",
         body="Text: {text}\nPronoun: *{span2_text}*\nCandidate: _{span1_text}_",
         question="Does the pronoun refer to the candidate ({words}):",
     ),
