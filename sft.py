@@ -160,9 +160,9 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     run.train(trainer)
     root = arguments.datafolder_path or arguments.data_path
     run.finish(trainer, arguments.batch_sentence_num, root, tasks=[part.task.name for part in data])
+    names = ",".join(part.task.name for part in data)
     print(
-        "Or train on:\n"
-        f"  bash scripts/ppo.sh --task {data[0].task.name} --from_local True --train_model_name {run.folder / 'best'}"
+        f"Or train on:\n  bash scripts/ppo.sh --task {names} --from_local True --train_model_name {run.folder / 'best'}"
     )
 
 

@@ -47,18 +47,35 @@ def figures(folder: Path) -> list[dict]:
     return [{n: v for n, v in line.items() if not n.startswith("time/") and n != "eval/seconds"} for line in lines]
 
 
+def test_two_processes_take_the_same_task_in_a_step(model_folder, data_root, tmp_path):
+    """Each has a share of the step's rows, with the reference's prefix of the step's task."""
+    root = tmp_path / "data"
+    shutil.copytree(data_root, root)
+    (root / "GLUE" / "RTE").mkdir()
+    for name, size in (("train.tsv", 24), ("dev.tsv", 6)):
+        rows = [f"{i}\tIt rains, {i}.\tIt is wet.\t{('entailment', 'not_entailment')[i % 2]}" for i in range(size)]
+        (root / "GLUE" / "RTE" / name).write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    given = options(model_folder, root, batch_sentence_num=8, max_steps=4, balance_tasks=True, kl_coef=0.05)
+    given[given.index("SST")] = "SST,RTE"
+    for count in (1, 2):
+        launch(count, "ppo.py", *given, "--output_dir", str(tmp_path / str(count)))
+    assert_same_run(tmp_path / "1", tmp_path / "2")
+    steps = [line["task"] for line in figures(tmp_path / "2") if "task" in line]
+    assert sorted(steps[:2]) == sorted(steps[2:]) == ["RTE", "SST"]
+
+
 def assert_same_run(one: Path, two: Path) -> None:
     first, second = figures(one), figures(two)
     assert [sorted(line) for line in first] == [sorted(line) for line in second]
     for line, other in zip(first, second):
+        assert line.pop("task", "") == other.pop("task", "")
         assert other == pytest.approx(line, rel=2e-3, abs=2e-4)
     weights, others = (load_file(folder / "best" / "adapter_model.safetensors") for folder in (one, two))
     for name, weight in weights.items():
         assert float((weight - others[name]).abs().max()) < 2e-4, name
-    answers = [
-        [json.loads(line)["label"] for line in (f / "predictions.jsonl").read_text().splitlines()] for f in (one, two)
-    ]
-    assert answers[0] == answers[1]
+    files = [sorted(folder.rglob("predictions.jsonl")) for folder in (one, two)]
+    answers = [[json.loads(line)["label"] for f in found for line in f.read_text().splitlines()] for found in files]
+    assert answers[0] == answers[1] != []
 
 
 @pytest.mark.parametrize(
