@@ -178,10 +178,10 @@ def test_a_history_that_cannot_be_written(model_folder, data_root, tmp_path, mon
 
     original = append_history
 
-    def append(folder, step, figures):
+    def append(folder, step, figures, task=""):
         if step == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "history.jsonl"))
-        original(folder, step, figures)
+        original(folder, step, figures, task)
 
     monkeypatch.setattr(progress, "append_history", append)
     with pytest.raises(SystemExit) as end:
