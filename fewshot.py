@@ -16,7 +16,7 @@ from evaluation.jobs import Job
 from machine import processes
 from machine.errors import ArgumentError, clear_errors
 from run.arguments import parse
-from run.parser import option
+from run.parser import fixed, option
 from tasks import Task, loaders, splits
 
 
@@ -27,6 +27,7 @@ class FewshotArguments(InferenceArguments):
     max_prompt_length: int = option(
         1536, "answers", "tokens in a prompt with its demonstrations; a long passage is truncated"
     )
+    text: list[str] | None = fixed(None)
     num_shots: int = option(8, "prompting", "demonstrations before each question, from the training split")
     same_shots: bool = option(True, "prompting", "True: the same demonstrations for all rows; False: drawn for each")
 

@@ -5,6 +5,8 @@
     bash scripts/inference.sh --task MR --from_local True --train_model_name model/MR/<run>/best
     bash scripts/inference.sh --task GLUE --submission True --from_local True --train_model_name 'model/{task}/best'
 
+    bash scripts/inference.sh --from_local True --train_model_name exported --text "a warm and funny film"
+
 The run's folder holds predictions.jsonl (every prompt, answer, label and gold label) and summary.json; of several tasks
 each has a folder of its own, and <suite>.json holds the suite's score. With `--split test` the leaderboard file lies
 there too, and with `--submission True` the suite's zip. fewshot.py is the same with demonstrations in the prompts.
@@ -12,20 +14,24 @@ there too, and with `--submission True` the suite's zip. fewshot.py is the same 
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import tasks
 from evaluation import outcome
 from evaluation.arguments import InferenceArguments, check, check_rows
+from evaluation.asking import Classifier, check_texts, defaults, line, read_texts
 from evaluation.jobs import Job, load_jobs
 from machine import processes
+from machine.errors import ArgumentError
 from machine.files import write_json
 from run import faults, prompt_record
-from run.arguments import parse
+from run.arguments import as_dict, parse
 from run.folder import folder_of, lock, make_folder
 from tasks import Task, splits
 
@@ -49,7 +55,7 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
     # 1. prompts
     # The majority label is looked for before hours of work: free answers can be invalid, and a leaderboard file has no
     # place for those.
-    needs_majority = job.labelled or (arguments.answer_space == "free" and task.submission)
+    needs_majority = job.labelled or (arguments.answer_space == "free" and task.submission and job.whole_split)
     majority = splits.majority_label(task, rows, arguments.data_path) if needs_majority else (0, "")
     shots = show(arguments, job, engine.tokenizer)
     prompt_ids, shortened = answering.build_prompts(
@@ -164,8 +170,30 @@ def open_folder(arguments: InferenceArguments, name: Task | str, moment: datetim
     return folder
 
 
+def ask(arguments: InferenceArguments) -> None:
+    """Label the texts of `--text`, and print a line for each: label, probability and text."""
+    with faults.guard("inference.py") as guard:
+        guard.saved = "what is printed is all there is"
+        check_texts(arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # the answers may go into a pipe
+            classifier = Classifier(**as_dict(arguments))
+        texts, first = read_texts(arguments.text), 1
+        while batch := processes.broadcast_from_main(lambda: list(islice(texts, arguments.batch_sentence_num))):
+            labels, probabilities = classifier.predict(batch, first)
+            if processes.is_main():
+                for text, label, chances in zip(batch, labels, probabilities):
+                    print(line(classifier.task, text, label, chances), flush=True)
+            first += len(batch)
+        if first == 1:
+            raise ArgumentError("--text -: there is no text on standard input; write one a line")
+
+
 def main(argv: list[str] | None = None) -> None:
-    run(parse(InferenceArguments, __doc__.splitlines()[0], argv), "inference.py")
+    arguments = parse(InferenceArguments, __doc__.splitlines()[0], argv, of_model=defaults)
+    if arguments.text:
+        ask(arguments)
+    else:
+        run(arguments, "inference.py")
 
 
 if __name__ == "__main__":

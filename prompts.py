@@ -275,6 +275,17 @@ def listed(words: tuple[str, ...]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words)
 
 
+def instruction_of(task: Task, use_CoT: bool) -> str:
+    """What every prompt of a task begins with."""
+    words = shown_words(task)
+    instruction = wording_of(task).instruction.format(words=listed(words), answers=between_tags(*words))
+    if use_CoT:
+        ends = task.words[:: len(task.words) - 1] if task.number else task.words  # not all 51 numbers
+        forms = ", ".join(f"{ANALYSIS}reasoning{ANALYSIS_END}{between_tags(word)}" for word in ends)
+        instruction += " " + COT.format(forms=forms)
+    return instruction
+
+
 def render(
     task: Task,
     texts: dict[str, str],
@@ -285,16 +296,11 @@ def render(
 ) -> str:
     """A prompt as text. shots: the texts and the answer word of every demonstration. thought_end: that of the
     tokenizer's template (templates.thought_end)."""
-    wording = wording_of(task)
+    wording, instruction = wording_of(task), instruction_of(task, use_CoT)
     # Braces in a row's text stay as they are: a text is filled in once and never read as a template.
     words, template = listed(shown_words(task)), f"{wording.body}\n{wording.question}"
-    instruction = wording.instruction.format(words=words, answers=between_tags(*shown_words(task)))
     users = [template.format(words=words, **shown) for shown in [*(shot for shot, _ in shots), texts]]
     answers = [between_tags(word) for _, word in shots]
-    if use_CoT:
-        ends = task.words[:: len(task.words) - 1] if task.number else task.words  # not all 51 numbers
-        forms = ", ".join(f"{ANALYSIS}reasoning{ANALYSIS_END}{between_tags(word)}" for word in ends)
-        instruction += " " + COT.format(forms=forms)
     return _layout(tokenizer, instruction, users, answers) + thought_end + (ANALYSIS if use_CoT else JUDGEMENT)
 
 

@@ -33,6 +33,9 @@ class InferenceArguments(Arguments):
     calibration: str = option("none", "answers", "none, contextual, batch or (with score) pmi: see docs/prompting.md")
     do_sample: bool = option(False, "answers", "True: sample at --model_temperature; False: greedy")
     strict_format: bool = option(False, "answers", "True: only the closing tag ends a free answer")
+    text: list[str] | None = option(
+        None, "prompting", "a text to label, may be repeated; -: every line of standard input"
+    )
     resume: str = option("", "run", "folder of an interrupted run to finish")
 
 

@@ -11,6 +11,7 @@ from engine.folders import check_folder
 from machine.errors import MissingData
 from run.arguments import Arguments
 from tasks import Task, loaders, splits
+from tasks.unlabelled import unlabelled_rows
 
 EVALUATED = 400  # labelled rows per task, unless --eval_size says otherwise
 
@@ -65,7 +66,8 @@ def load_rows(arguments: Arguments, task: Task, path: str | None) -> tuple[list[
     size = EVALUATED if arguments.eval_size is None else arguments.eval_size
     if arguments.split == "validation" and not Path(path or ".").is_file():
         return splits.held_out(task, path, size)[0], False
-    everything = loaders.load(task, arguments.split, data_path=path)
+    new = unlabelled_rows(task, path) if arguments.split == "validation" else None
+    everything = loaders.load(task, arguments.split, data_path=path) if new is None else new
     unlabelled = any(row["label"] is None for row in everything)
     keep_all = arguments.submission or (unlabelled and arguments.eval_size is None)
     rows = splits.choose(task, everything, 0 if keep_all else size)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import tasks
+from evaluation import asking
 from evaluation.jobs import Job, suites_named
 from machine import processes
 from machine.files import write_json
@@ -43,6 +44,9 @@ def write_results(
         print(scores.metrics_text(task, figures, details, majority[1]))
     else:
         print(f"no labels, so no score; {figures['invalid_rate']:.1%} of the answers are invalid")
+        if Path(arguments.data_path or ".").is_file():
+            asking.write_table(folder / asking.TABLE, task, rows, answers)
+            print(f"{folder / asking.TABLE} has every row's label, and the probabilities of all labels.")
     if task.note:
         print(f"({task.note})")
     if shortened:

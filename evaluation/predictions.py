@@ -27,8 +27,14 @@ UNFINISHED = f".{FILE}"  # the same file while batches are still added to it
 
 @dataclass
 class Prediction:
-    """One answer: its text, its label (None if it does not parse), P(the last label) where that is known, (labels,) the
-    probabilities of all labels, which only unfinished files keep, and the likeliest number if the label is a mean."""
+    """One answer.
+
+    Attributes:
+        label: None if the text does not parse.
+        last_label_probability: where it is known.
+        probabilities: (labels,) of all labels; files keep those of unlabelled rows, and unfinished ones.
+        likeliest: where the label is a mean of numbers the likeliest of them.
+    """
 
     text: str
     label: int | float | None
@@ -66,6 +72,8 @@ def _line(task: Task, row: dict, prompt: str, prediction: Prediction) -> dict:
     """What predictions.jsonl holds of one row. Labels are written by name; null: the answer does not parse."""
     line = {"id": row["id"], "prompt": prompt, "answer": prediction.text}
     line |= {"label": label_name(task, prediction.label), "gold": label_name(task, row["label"])}
+    if row["label"] is None and prediction.probabilities is not None:  # who asks new texts wants all of them
+        line["probabilities"] = [round(float(chance), 6) for chance in prediction.probabilities]
     if row["label"] is not None:
         line["correct"] = rewards.is_correct(task, prediction.label, row["label"])
     if task.candidates:  # what the row's metrics compare

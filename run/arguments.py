@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -77,11 +77,18 @@ class Arguments:
 Given = TypeVar("Given", bound=Arguments)
 
 
-def parse(kind: type[Given], description: str, argv: list[str] | None = None) -> Given:
+def parse(
+    kind: type[Given],
+    description: str,
+    argv: list[str] | None = None,
+    of_model: Callable[[dict], dict] | None = None,
+) -> Given:
     """The arguments of a script: command line over `--config` file over the run of `--resume` over defaults.
 
     What is wrong ends the program with exit code 2 and one sentence. The command of a run that was interrupted, given
-    once more, resumes it. `asked` on the result is what the command asks for, wherever the run lies.
+    once more, resumes it. of_model: gives the defaults that the named model brings along, from all options as they are
+    without it; a run that goes on has its own. `asked` on the result is what the command asks for, wherever the run
+    lies.
     """
     processes.quiet_others()
     parser = Parser(kind, description)
@@ -93,17 +100,26 @@ def parse(kind: type[Given], description: str, argv: list[str] | None = None) ->
         if getattr(chosen, "resume", ""):
             stored = _read_stored(chosen.resume)
             parser.set_defaults(**{name: value for name, value in stored.items() if name in names})
-        if chosen.config:
-            parser.set_defaults(**_read_config(chosen.config, names))
+        config = _read_config(chosen.config, names) if chosen.config else {}
+        parser.set_defaults(**config)
+        if of_model and not chosen.resume:
+            parser.set_defaults(**(of_model(vars(parser.parse_known_args(argv)[0])) | config))
     given = vars(parser.parse_args(argv))
     given.pop("config")
     with clear_errors(parser.prog):
-        arguments = kind(**given)
-        _check_common(arguments)
+        arguments = checked(kind, given)
     arguments.asked = {name: value for name, value in as_dict(arguments).items() if name != "output_dir"}
     if not getattr(arguments, "resume", "") and processes.broadcast_from_main(lambda: _interrupted(arguments)):
         print(f"{arguments.output_dir} holds this very run, interrupted: it goes on.")
         return parse(kind, description, [*argv, "--resume", arguments.output_dir])
+    return arguments
+
+
+def checked(kind: type[Given], given: dict) -> Given:
+    """The arguments of these options, with what follows from them filled in. Raises UserError for what no script can
+    use."""
+    arguments = kind(**given)
+    _check_common(arguments)
     return arguments
 
 

@@ -13,7 +13,7 @@ import typing
 from typing import NoReturn
 
 GROUPS = ("run", "model", "training", "PPO", "SFT", "prompting", "answers", "evaluation and saving")  # as --help shows
-METAVARS = {int: "N", float: "X", str: "TEXT", bool: "True|False"}
+METAVARS = {int: "N", float: "X", str: "TEXT", list: "TEXT", bool: "True|False"}
 WORDS = {"true": True, "yes": True, "t": True, "y": True, "1": True}
 WORDS |= {"false": False, "no": False, "f": False, "n": False, "0": False}
 
@@ -34,10 +34,14 @@ def options_of(kind: type) -> list[dataclasses.Field]:
 
 
 def option_types(kind: type) -> dict[str, type]:
-    """The type of every field's value; of `int | None` it is int."""
+    """The type of every field's value; of `int | None` it is int, of `list[str] | None` list."""
     hints = typing.get_type_hints(kind)
     return {
-        field.name: next(t for t in (*typing.get_args(hints[field.name]), hints[field.name]) if t is not type(None))
+        field.name: next(
+            typing.get_origin(t) or t
+            for t in (*typing.get_args(hints[field.name]), hints[field.name])
+            if t is not type(None)
+        )
         for field in dataclasses.fields(kind)
     }
 
@@ -68,6 +72,8 @@ class Parser(argparse.ArgumentParser):
             self._groups[group].add_argument(f"--{name}", type=_boolean, nargs="?", const=True, **how)
             if default:
                 self.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+        elif type_ is list:  # an option that may be repeated
+            self._groups[group].add_argument(f"--{name}", action="append", **how)
         else:
             self._groups[group].add_argument(f"--{name}", type=type_, **how)
 

@@ -37,6 +37,7 @@ options=(
     # --batch_sentence_num 256        # rows answered and saved at a time
     # --eval_size 500                 # rows per task; 0: all; default: 400, or all where they are unlabelled
     # --split validation              # validation (default) or test; test also writes the leaderboard file
+    # --text "a warm film"            # a text to label, may be repeated; -: every line of standard input
     # --submission True               # True: answer all of test and write the suite's leaderboard zip
     # --- answers
     # --model_temperature 1.0         # sampling temperature
