@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import classify
+import export
 import fewshot
 import ppo
 import report
@@ -26,7 +27,9 @@ KINDS = {
     "inference": InferenceArguments,
     "fewshot": fewshot.FewshotArguments,
     "report": report.ReportArguments,
+    "export": export.ExportArguments,
 }
+WITHOUT_CONFIG = ("report", "export")  # nor a list of options in a shell script
 INTRODUCTION = """# Arguments
 
 `.venv/bin/python -m scripts.arguments` writes this page from the scripts. `--seed 1` and `--seed=1` are read
@@ -39,7 +42,7 @@ option.
 def options(script: str) -> list[tuple[str, object, str, str]]:
     """Name, default, group and help of every option, as `--help` lists them."""
     found = [(f.name, f.default, f.metadata["group"], f.metadata["help"]) for f in options_of(KINDS[script])]
-    found += [("config", "", "run", CONFIG_HELP)] if script != "report" else []
+    found += [("config", "", "run", CONFIG_HELP)] if script not in WITHOUT_CONFIG else []
     return sorted(found, key=lambda option: GROUPS.index(option[2]))
 
 
@@ -78,7 +81,7 @@ def commented(text: str, script: str) -> str:
 
 def files() -> dict[Path, str]:
     """What every generated file should hold."""
-    shells = {script: ROOT / "scripts" / f"{script}.sh" for script in KINDS if script != "report"}
+    shells = {script: ROOT / "scripts" / f"{script}.sh" for script in KINDS if script not in WITHOUT_CONFIG}
     found = {path: commented(path.read_text(encoding="utf-8"), script) for script, path in shells.items()}
     return {ROOT / "docs" / "arguments.md": reference()} | found
 

@@ -63,15 +63,20 @@ def read_task(path: str | Path) -> Task:
         raise DataError(f"{path}: `{name}` {problem}.") from error
 
 
-def write_task(path: str | Path, task: Task) -> None:
-    """Write the file from which `read_task` reads this very task, wherever the file lies."""
+def write_task(path: str | Path, task: Task, files: bool = True) -> None:
+    """Write the file from which `read_task` reads this very task, wherever the file lies.
+
+    files: name the task's own tables; without them it can be asked, and its paths are told to nobody.
+    """
     import yaml
 
     known = TASKS.get(task.name) if task.format != "table" else None
     content: dict = {"task" if task.name in TASKS else "name": task.name}
     if known is None:
-        files = {split: [str(_absolute(task, name)) for name in names] for split, names in task.files.items()}
-        content |= {"files": files, "columns": {name: task.columns[name] for name in (*task.fields, "label")}}
+        if files:
+            paths = {split: [str(_absolute(task, name)) for name in names] for split, names in task.files.items()}
+            content["files"] = paths
+        content["columns"] = {name: task.columns[name] for name in (*task.fields, "label")}
         content |= {"passage": list(task.passage), "metrics": list(task.metrics), "version": task.version}
     if known is None or (known.labels, known.words) != (task.labels, task.words):
         if task.number:
@@ -156,6 +161,8 @@ def _version(given: dict, task: Task) -> int:
 
 def _files(path: Path, given: dict) -> dict[str, tuple[str, ...]]:
     files = given.get("files")
+    if files is None and "columns" in given and ("labels" in given or "range" in given):
+        return {}  # all that asking texts needs
     if isinstance(files, str):
         files = {"train": files}
     if not isinstance(files, dict) or not files:

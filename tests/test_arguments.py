@@ -12,7 +12,7 @@ from run.parser import Parser, option, options_of
 from scripts import arguments as documents
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [script for script in documents.KINDS if script != "report"]
+SCRIPTS = [script for script in documents.KINDS if script not in documents.WITHOUT_CONFIG]
 
 # ------------------------------------------------------------------------------------------------------------ parsing
 

@@ -16,6 +16,7 @@ import pytest
 import prompts
 from classify import HeadArguments
 from evaluation.arguments import InferenceArguments
+from export import ExportArguments
 from fewshot import FewshotArguments
 from ppo import PPOArguments
 from report import ReportArguments
@@ -39,6 +40,7 @@ ARGUMENTS = {
     "inference": InferenceArguments,
     "fewshot": FewshotArguments,
     "report": ReportArguments,
+    "export": ExportArguments,
 }
 OPTIONS = {
     program: {field.name for field in options_of(kind)} | {"config", "help"} for program, kind in ARGUMENTS.items()
@@ -95,6 +97,16 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported(trained) -> Path:
+    """The model of that run, exported by the documented command."""
+    (command,) = [command for command in COMMANDS if "export.sh" in command]
+    folder = trained.parent / "exported"
+    command = command.replace("model/MR/RUN/best", str(trained / "best"))
+    assert succeeded(run(command.replace("--output_dir exported", f"--output_dir {folder}"), []))
+    return folder
+
+
 def test_the_readme_names_the_two_commands_first():
     assert COMMANDS[:2] == ["bash scripts/ppo.sh", "bash scripts/test.sh"]
 
@@ -104,7 +116,7 @@ def test_the_run_command_trains_and_leaves_a_whole_run(trained):
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:])
-def test_command(command, trained, tmp_path):
+def test_command(command, trained, tmp_path, request):
     if "scripts/test.sh" in command:
         named = [] if "tests/" in command else ["tests/test_tasks.py"]
         result = run(command, ["--collect-only", "-q", *named])
@@ -112,6 +124,12 @@ def test_command(command, trained, tmp_path):
     elif "benchmarks/run.sh" in command:
         result = run(command, ["--list"])
         assert succeeded(result) and "-m benchmarks." in result.stdout
+    elif "export.sh" in command:
+        assert (request.getfixturevalue("exported") / "README.md").is_file()
+    elif "--text" in command:
+        folder = request.getfixturevalue("exported")
+        result = run(command.replace("--train_model_name exported", f"--train_model_name {folder}"), [])
+        assert succeeded(result) and result.stdout.splitlines()[-1].count("\t") == 2
     elif "report.py" in command:
         folder = tmp_path / "report"
         assert succeeded(run(command, ["--runs", str(trained.parent), "--output_dir", str(folder)]))

@@ -32,7 +32,7 @@ def start(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "report"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "report", "export"])
 def test_help_imports_nothing_heavy(script):
     result = start(script, "--help")
     assert result.returncode == 0 and "--output_dir" in result.stdout, result.stderr
@@ -56,3 +56,16 @@ def test_report_refuses_bad_input_as_early(arguments):
     result = start("report", *arguments)
     assert result.returncode == 2 and result.stderr.startswith("report.py: error: "), result.stderr
     assert result.stdout == "imported:\n"
+
+
+@pytest.mark.parametrize("arguments", [["--checkpont", "model"], ["--checkpoint", "/no/such/folder"], []])
+def test_export_refuses_bad_input_as_early(arguments):
+    result = start("export", *arguments)
+    assert result.returncode == 2 and result.stderr.startswith("export.py: error: "), result.stderr
+    assert result.stdout == "imported:\n"
+
+
+def test_the_classifier_is_imported_before_anything_heavy():
+    code = f"import sys; from inference import Classifier; print([name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert result.stdout == "[]\n", result.stderr
