@@ -66,7 +66,7 @@ def check(arguments: HeadArguments) -> Task:
         )
     trained = arguments.from_local and (Path(arguments.train_model_name) / HEAD).exists()
     if arguments.split:
-        one_of("split", arguments.split, ("validation", "test"))
+        one_of("split", arguments.split, splits.CHOICES)
         if arguments.resume and (Path(arguments.resume) / "run.json").exists():
             raise ArgumentError(f"--resume {arguments.resume} is a run that trains; leave it out with --split")
         if not trained:
@@ -138,7 +138,7 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
     trainer = HeadTrainer(
         Classifier(model, tokenizer, inference_token_budget(model)),
         trainer_config(arguments, run.folder, train_inputs),
-        [{**encoded, "labels": row["label"]} for encoded, row in zip(train_inputs, data.train)],
+        [{**encoded, "labels": classifying.target(task, row)} for encoded, row in zip(train_inputs, data.train)],
         evaluate_with=evaluation,
         on_save=lambda folder: write_head(folder, task.name, task.labels),
         callbacks=run.callbacks,
@@ -147,8 +147,7 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
 
     # 5. train, save
     run.train(trainer)
-    ask = f"classify.sh --task {task.name} --split validation"
-    run.finish(trainer, arguments.batch_sentence_num, arguments.data_path, ask)
+    run.finish(trainer, arguments.batch_sentence_num, arguments.data_path, "classify.sh")
 
 
 def load_tokenizer(arguments: HeadArguments):

@@ -18,6 +18,7 @@ from machine.errors import ArgumentError, clear_errors
 from run.arguments import parse
 from run.parser import fixed, option
 from tasks import Task, loaders, splits
+from tasks.labels import to_units
 
 
 @dataclass
@@ -35,11 +36,11 @@ class FewshotArguments(InferenceArguments):
 def draw(task: Task, rows: list[dict], number: int, random_: random.Random) -> list[dict]:
     """So many demonstrations in random order, balanced over the classes.
 
-    The classes of a number task are its whole numbers. Where a class has too few rows, the others fill up.
+    The classes of a number task are six parts of its range. Where a class has too few rows, the others fill up.
     """
     classes: dict = {}
     for row in rows:
-        classes.setdefault(round(row["label"]) if task.number else row["label"], []).append(row)
+        classes.setdefault(round(to_units(task, row["label"])) if task.number else row["label"], []).append(row)
     order = sorted(classes)
     random_.shuffle(order)
     # In turns one of each class that has more.
@@ -72,7 +73,7 @@ def that_fit(
 def show(arguments: FewshotArguments, job: Job, tokenizer) -> list[list[dict]]:
     """Every row's demonstrations, from the training split; no row that is itself answered is among them."""
     task = job.task
-    train = loaders.training_rows(task, splits.training(task, arguments.data_path), arguments.seed)
+    train = loaders.training_rows(task, splits.training(task, arguments.data_path, arguments.split), arguments.seed)
     answered = {tuple(row[name] for name in task.fields) for row in job.rows}
     train = [row for row in train if tuple(row[name] for name in task.fields) not in answered]
     longest = max(job.rows, key=lambda row: sum(len(row[name]) for name in task.fields))

@@ -26,10 +26,11 @@ Three properties hold for every text and are tested:
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from tasks import Task
-from tasks.labels import fold
+from tasks.labels import fold, unit_of_number
 
 JUDGEMENT = "<Judgement>"
 JUDGEMENT_END = "</Judgement>"
@@ -39,12 +40,33 @@ ANALYSIS_END = "</Analysis>"
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines breaks
 # Punctuation that joins words instead of ending them. U+FFFD is part of a character whose other bytes are to come.
 JOINING = "-\u2010\u2011'\u2018\u2019`\u00b4\ufffd"
-# At most three decimals, as leaderboards take them: a policy that may write more learns to, as they cost it nothing.
-NUMBER = re.compile(r"[0-9]+(?:\.[0-9]{1,3})?")
-NUMBER_PREFIX = re.compile(r"(?:[0-9]+(?:\.[0-9]{0,2})?)?")
-WHOLE_NUMBER = re.compile(r"[0-9]+\.[0-9]{3}")
-NUMBER_RANGE = (0.0, 5.0)
 LINE_BREAK_OR_END = re.compile(f"[{LINE_BREAKS}]|{re.escape(JUDGEMENT_END)}")
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """How the answers of a number task are written: with a minus only if its range has negative numbers."""
+
+    number: re.Pattern
+    prefix: re.Pattern  # what may become a number, and a longer one
+    whole: re.Pattern  # a number with all its decimals
+    low: float
+    high: float
+
+
+@lru_cache(maxsize=128)
+def _numbers(words: tuple[str, ...]) -> _Numbers:
+    """The same for all tasks with these words. At most three decimals, or as many as the words have: leaderboards take
+    three, and a policy that may write more learns to, as they cost it nothing."""
+    low, high = float(words[0]), float(words[-1])
+    most, minus = max(3, len(words[0].partition(".")[2])), "-?" if low < 0 else ""
+    return _Numbers(
+        re.compile(rf"{minus}[0-9]+(?:\.[0-9]{{1,{most}}})?"),
+        re.compile(rf"{minus}(?:[0-9]+(?:\.[0-9]{{0,{most - 1}}})?)?"),
+        re.compile(rf"{minus}[0-9]+\.[0-9]{{{most}}}"),
+        low,
+        high,
+    )
 
 
 @lru_cache(maxsize=128)
@@ -71,8 +93,9 @@ def _judgement_start(text: str, use_CoT: bool) -> int | None:
 def _whole_label(task: Task, text: str, start: int) -> tuple[int | float, int] | None:
     """The longest label that is a whole word at `start`, and where it ends."""
     if task.number:
-        number = NUMBER.match(text, start)
-        found = [(min(max(float(number[0]), NUMBER_RANGE[0]), NUMBER_RANGE[1]), number.end())] if number else []
+        numbers = _numbers(task.words)
+        number = numbers.number.match(text, start)
+        found = [(min(max(float(number[0]), numbers.low), numbers.high), number.end())] if number else []
     else:
         longest, words = _folded(task.words)
         head = fold(text[start : start + longest])
@@ -85,13 +108,13 @@ def _whole_label(task: Task, text: str, start: int) -> tuple[int | float, int] |
 
 def _decided(task: Task, text: str, start: int, end: int) -> bool:
     """Whether nothing that follows can change the label: it is a number with all its decimals."""
-    return task.number and WHOLE_NUMBER.fullmatch(text, start, end) is not None
+    return task.number and _numbers(task.words).whole.fullmatch(text, start, end) is not None
 
 
 def _may_grow(task: Task, text: str, start: int) -> bool:
     """Whether everything from `start` on is the beginning of a label (the empty text is)."""
     if task.number:
-        return NUMBER_PREFIX.fullmatch(text, start) is not None
+        return _numbers(task.words).prefix.fullmatch(text, start) is not None
     longest, words = _folded(task.words)
     if len(text) - start > longest:
         return False
@@ -129,7 +152,7 @@ def _read(
 def parse(
     task: Task, text: str, ended: bool = True, strict_format: bool = False, use_CoT: bool = False
 ) -> int | float | None:
-    """The answer in `text`: a class id, a number in [0, 5] for a number task, or None if there is no valid answer.
+    """The answer in `text`: a class id, a number in its range for a number task, or None if there is no valid answer.
 
     `text` is what the model generated after `<Judgement>`, or with `use_CoT` after `<Analysis>`: the judgement then
     starts at the first `<Judgement>` after `</Analysis>`. `ended` says that the model itself ended the sequence; a
@@ -176,12 +199,12 @@ def reward(
 ) -> float:
     """The reward of a parsed answer: `correct`, `wrong` or `invalid` (https://arxiv.org/abs/2410.11020).
 
-    For a number task it is `number_correct` - |label - gold|, and -`number_correct` without a number. ValueError if the
-    row has no gold label.
+    For a number task it is `number_correct` - |label - gold|, the distance in fifths of the task's range, and
+    -`number_correct` without a number. ValueError if the row has no gold label.
     """
     hit = is_correct(task, label, gold)
     if task.number:
-        return number_correct - abs(label - gold) if label is not None else -number_correct
+        return number_correct - abs(label - gold) / unit_of_number(task) if label is not None else -number_correct
     return invalid if label is None else correct if hit else wrong
 
 

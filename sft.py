@@ -9,6 +9,7 @@ those that it reads.
 """
 
 import random
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from run.answer_options import answers_text, fill_in_number_answer
 from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, one_of, parse
 from run.parser import option
 from tasks import Task
+from tasks.labels import to_units
 from training.arguments import PolicyArguments, check_batch, check_training, fill_in_epochs
 from training.data import TaskData, find_tasks, load_rows, name_of
 
@@ -160,10 +162,9 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     run.train(trainer)
     root = arguments.datafolder_path or arguments.data_path
     run.finish(trainer, arguments.batch_sentence_num, root, tasks=[part.task.name for part in data])
-    names = ",".join(part.task.name for part in data)
-    print(
-        f"Or train on:\n  bash scripts/ppo.sh --task {names} --from_local True --train_model_name {run.folder / 'best'}"
-    )
+    given = training_run.task_options(run.folder, data) | ({"data_path": root} if root else {})
+    given |= {"from_local": True, "train_model_name": run.folder / "best"}
+    print("Or train on:\n  bash scripts/ppo.sh", *(f"--{name} {shlex.quote(str(v))}" for name, v in given.items()))
 
 
 def dataset(arguments: SFTArguments, data: list[TaskData], tokenizer):
@@ -213,8 +214,8 @@ def label_columns(arguments: SFTArguments, number: int, part: TaskData, built: l
 
     def target(label: int | float) -> list[float]:
         if part.task.number:
-            numbers = torch.tensor([float(word) for word in part.task.words])
-            weights = number_weights(numbers, label, arguments.number_target == "soft")
+            numbers = torch.tensor([to_units(part.task, float(word)) for word in part.task.words])
+            weights = number_weights(numbers, to_units(part.task, label), arguments.number_target == "soft")
         else:
             weights = torch.nn.functional.one_hot(torch.tensor(label), len(part.task.words)).float()
         return smoothed(weights, arguments.label_smoothing).tolist()

@@ -10,7 +10,7 @@ from machine.errors import ArgumentError
 from run.answer_options import check_calibration, fill_in_number_answer
 from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of
 from run.parser import option
-from tasks import Task
+from tasks import Task, splits
 
 SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a run goes on
 
@@ -28,7 +28,7 @@ class InferenceArguments(Arguments):
     eval_size: int | None = option(
         None, "prompting", "rows per task; 0: all; default: 400, or all where they are unlabelled"
     )
-    split: str = option("", "prompting", "validation (default) or test; test also writes the leaderboard file")
+    split: str = option("", "prompting", "validation, test, or all: every row of a file (default of --data_path FILE)")
     submission: bool = option(False, "prompting", "True: answer all of test and write the suite's leaderboard zip")
     calibration: str = option("none", "answers", "none, contextual, batch or (with score) pmi: see docs/prompting.md")
     do_sample: bool = option(False, "answers", "True: sample at --model_temperature; False: greedy")
@@ -51,8 +51,9 @@ def check(arguments: InferenceArguments) -> list[Task]:
             "--answer_space score compares the labels' likelihoods: it needs no analysis and samples nothing; leave "
             "--use_CoT and --do_sample at False, or use --answer_space labels"
         )
-    arguments.split = arguments.split or ("test" if arguments.submission else "validation")
-    one_of("split", arguments.split, ("validation", "test"))
+    of_data = splits.usual_split(chosen[0], arguments.data_path)
+    arguments.split = arguments.split or ("test" if arguments.submission else of_data)
+    one_of("split", arguments.split, splits.CHOICES)
     if arguments.submission:
         if arguments.split != "test" or arguments.eval_size:
             raise ArgumentError("--submission True answers the whole test split; leave out --split and --eval_size")

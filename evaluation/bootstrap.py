@@ -83,30 +83,37 @@ def _f1_statistics(answers: Answers):
     return np.stack([hit, miss], axis=1).astype(float), lambda s: _ratio(2 * s[:, 0], 2 * s[:, 0] + s[:, 1])
 
 
-def _macro_f1_statistics(answers: Answers):
+def _f1_of_classes(answers: Answers, finish: Callable[[np.ndarray, np.ndarray], np.ndarray]):
+    """finish: from every class's F1 and number of gold rows, both (samples, classes), to the metric (samples,)."""
     gold = np.eye(answers.classes)[answers.gold]
     predicted = np.eye(answers.classes)[answers.predicted] * ~answers.invalid[:, None]
     k = answers.classes
-    return (
-        np.concatenate([2 * gold * predicted, gold + predicted], axis=1),
-        lambda s: _ratio(s[:, :k], s[:, k:]).mean(axis=1),
-    )
+    statistics = np.concatenate([2 * gold * predicted, gold + predicted, gold], axis=1)
+    return statistics, lambda s: finish(_ratio(s[:, :k], s[:, k : 2 * k]), s[:, 2 * k :])
+
+
+def _macro_f1_statistics(answers: Answers):
+    return _f1_of_classes(answers, lambda f1, rows: f1.mean(axis=1))
+
+
+def _weighted_f1_statistics(answers: Answers):
+    return _f1_of_classes(answers, lambda f1, rows: _ratio((f1 * rows).sum(axis=1), rows.sum(axis=1)))
 
 
 def _matthews_statistics(answers: Answers):
     k, two = answers.classes, answers.classes == 2
     predicted = answers.other_class if two else answers.held_at_gold
-    cell = np.eye(k * k)[answers.gold * k + predicted]
-    costly = np.zeros(len(cell)) if two else answers.invalid.astype(float)
+    costly = np.zeros(len(predicted)) if two else answers.invalid
+    right = answers.gold == predicted
 
     def finish(sums: np.ndarray) -> np.ndarray:
-        table = sums[:, :-1].reshape(-1, k, k)
-        gold, guess, n = table.sum(axis=2), table.sum(axis=1), table.sum(axis=(1, 2))
-        covariance = np.trace(table, axis1=1, axis2=2) * n - (gold * guess).sum(axis=1)
+        gold, guess, n = sums[:, :k], sums[:, k : 2 * k], sums[:, :k].sum(axis=1)
+        covariance = sums[:, -2] * n - (gold * guess).sum(axis=1)
         spread = (n**2 - (gold**2).sum(axis=1)) * (n**2 - (guess**2).sum(axis=1))
         return minus_invalid(_ratio(covariance, np.sqrt(spread)), sums[:, -1] / n)
 
-    return np.concatenate([cell, costly[:, None]], axis=1), finish
+    columns = np.stack([right, costly], axis=1).astype(float)
+    return np.concatenate([np.eye(k)[answers.gold], np.eye(k)[predicted], columns], axis=1), finish
 
 
 def _pearson_statistics(answers: Answers):
@@ -143,6 +150,7 @@ STATISTICS: dict[str, Callable] = {
     "f1": _f1_statistics,
     "f1a": _f1_statistics,
     "macro_f1": _macro_f1_statistics,
+    "weighted_f1": _weighted_f1_statistics,
     "matthews": _matthews_statistics,
     "pearson": _pearson_statistics,
     "em": lambda answers: _mean_statistics(question_matches(answers)),

@@ -13,8 +13,8 @@ import prompts
 from engine.classifier import Classifier
 from evaluation.predictions import Prediction
 from machine import processes
-from rewards import NUMBER_RANGE
 from tasks import Task
+from tasks.labels import exact_text, number_range, to_units, unit_of_number
 
 
 def build_inputs(
@@ -59,6 +59,11 @@ def layout(texts: dict[str, str], tokenizer) -> tuple[str, ...]:
     return ("\n".join(f"{name}: {text}" for name, text in texts.items()),)
 
 
+def target(task: Task, row: dict) -> int | float:
+    """What the head learns of a labelled row: the class id, or the number in fifths of the task's range."""
+    return to_units(task, row["label"]) if task.number else row["label"]
+
+
 def predict(classifier: Classifier, task: Task, inputs: list[dict[str, list[int]]]) -> list[Prediction]:
     """One answer for each row: its likeliest class, or its number. Each process answers its share; all get all."""
     mine = inputs[processes.share(len(inputs))]
@@ -66,9 +71,10 @@ def predict(classifier: Classifier, task: Task, inputs: list[dict[str, list[int]
 
 
 def as_predictions(task: Task, logits: torch.Tensor) -> list[Prediction]:
-    """(rows, labels) logits as answers. A number is clipped to its range and has three decimals, as on leaderboards."""
+    """(rows, labels) logits as answers. A number, in fifths of the task's range, is clipped to that."""
     if task.number:
-        texts = [f"{number:.3f}" for number in logits[:, 0].clamp(*NUMBER_RANGE).tolist()]
+        low, unit = number_range(task)[0], unit_of_number(task)
+        texts = [exact_text(task, low + unit * number) for number in logits[:, 0].clamp(0, 5).tolist()]
         return [Prediction(text, float(text)) for text in texts]
     chances = torch.softmax(logits, dim=-1)
     return [

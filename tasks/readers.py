@@ -74,10 +74,14 @@ def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Comma-separated values with quoting on: here a text may hold commas and line breaks."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    number = 1
+    number, blank = 1, 0
     try:
         for cells in reader:
-            yield number, cells
+            if blank and cells:  # blank lines are of no account at the end alone
+                yield blank, []
+            blank = 0 if cells else number
+            if cells:
+                yield number, cells
             number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {number}: {error}; a quotation mark is not closed or not doubled.") from error
@@ -89,9 +93,9 @@ def _read_table(task: Task, path: Path, lines: Iterator[tuple[int, list[str]]]) 
     header, rest = cells, lines
     if not all(find_column(header, task.columns[name]) for name in task.fields):
         if not task.header or len(cells) != len(task.header):
-            names, found = ", ".join(task.columns[name] for name in task.fields), short_repr(cells)
+            names, found = ", ".join(task.columns[name] for name in task.fields), ", ".join(map(short_repr, cells))
             raise DataError(
-                f"{path}, line 1: no header with the columns {names} but {found}; is it {task.name}'s file?"
+                f"{path}, line 1: no header with the columns {names} but {found[:300]}; is it {task.name}'s file?"
             )
         header, rest = list(task.header), chain([(number, cells)], lines)
     width, index = len(header), find_column(header, task.columns.get("id", ""))

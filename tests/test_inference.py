@@ -327,12 +327,27 @@ def test_rows_that_are_scored_as_one_stay_together():
     assert all(sum(row["id"][1] == q for row in chosen) == 5 for q in {row["id"][1] for row in chosen})
 
 
-def test_the_end_of_the_training_split_is_held_out_only_where_there_is_no_validation_split(data_root, tmp_path, capsys):
+def test_whole_questions_are_drawn_until_there_are_enough_rows():
+    """A question with many answers is drawn no more often than one with few."""
+    answers = [{"id": [0, q, i]} for q in range(40) for i in range(50 if q % 2 else 1)]
+    chosen = splits.choose(tasks.get("MultiRC"), answers, 200)
+    questions = {row["id"][1] for row in chosen}
+    assert 200 <= len(chosen) < 250
+    assert {q % 2 for q in questions} == {0, 1} and sum(q % 2 == 0 for q in questions) >= len(questions) / 3
+
+
+def test_a_tenth_of_each_label_is_held_out_only_where_there_is_no_validation_split(data_root, tmp_path, capsys):
     source, task = data_root / "GLUE" / "SST", tasks.get("SST")
-    (tmp_path / "train.tsv").write_bytes((source / "train.tsv").read_bytes())
+    lines = (source / "train.tsv").read_text().splitlines()
+    by_label = sorted(lines[1:], key=lambda line: line[-1])  # the last rows all have one label
+    (tmp_path / "train.tsv").write_text("\n".join([lines[0], *by_label]) + "\n")
     train, held_out = splits.train_and_held_out(task, str(tmp_path), 400, seed=0)
-    assert len(train) + len(held_out) == 48 and len(held_out) == 9
-    assert "No validation split of SST found" in capsys.readouterr().out
+    assert len(train) + len(held_out) == 48 and [row["label"] for row in held_out] == [0, 0, 1, 1]
+    assert "No validation split of SST found: 4 of its training rows are held out" in capsys.readouterr().out
+    assert held_out == splits.held_out(task, str(tmp_path), 0)
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    again = splits.train_and_held_out(task, str(tmp_path), 2, seed=1)
+    assert {row["sentence"] for row in again[1]} <= {row["sentence"] for row in held_out} and len(again[0]) == 44
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nbroken\n")
     with pytest.raises(DataError, match=r"dev\.tsv, line 2"):
         splits.train_and_held_out(task, str(tmp_path), 400, seed=0)

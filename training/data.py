@@ -6,7 +6,7 @@ from pathlib import Path
 import tasks
 from machine.errors import ArgumentError
 from run.arguments import get_tasks
-from tasks import Task, splits
+from tasks import Task, guessing, splits
 from training.arguments import PolicyArguments, TrainArguments
 
 
@@ -27,6 +27,8 @@ def load_rows(arguments: TrainArguments, task: Task, path: str | None) -> TaskDa
     """The rows of one task from its own files (`path` None) or from a file or folder. Raises DataError."""
     task = splits.labelled(task, path)
     train, held_out = splits.train_and_held_out(task, path, arguments.eval_size, arguments.seed)
+    if task.format == "table":
+        print(guessing.description(task, train, held_out))
     return TaskData(task, train, held_out)
 
 

@@ -1,6 +1,8 @@
 """What ppo.py, sft.py and classify.py share once their arguments are checked: the model, Trainer's settings, evaluation
 on held-out rows, and the run from its folder to its summary."""
 
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from evaluation import answer_spaces, predict, predictions, prompt_length, score
 from evaluation.predictions import Prediction
 from machine import processes
 from run import dashboards, prompt_record
+from run.arguments import Arguments
 from run.faults import Guard
 from run.folder import data_hash, folder_of, open_run, write_summary
 from run.history import before_after_table, evaluations, train_seconds
@@ -96,6 +99,15 @@ def trainer_settings(arguments: TrainArguments, folder: Path, rows: int) -> dict
         epoch_offset=arguments.start_epoch,
         tokens_per_micro_batch=arguments.tokens_per_micro_batch,
     )
+
+
+def task_options(folder: Path, data: list[TaskData]) -> dict[str, str]:
+    """`--task` for these tasks; one of somebody's own is named by the file in the run's folder. A checkpoint of that
+    one task alone needs no name."""
+    files = [predictions_folder(part, data, folder) / own.FILE for part in data]
+    if len(data) == 1 and files[0].is_file():
+        return {}
+    return {"task": ",".join(str(file) if file.is_file() else p.task.name for file, p in zip(files, data))}
 
 
 def predictions_folder(part: TaskData, data: list[TaskData], folder: Path) -> Path:
@@ -231,10 +243,10 @@ class TrainingRun:
         trainer.train_from(self.checkpoint)
         self.guard.end_training(trainer.state.global_step)
 
-    def finish(self, trainer, samples_per_step: int, data_path: str, ask: str = "", **more) -> None:
+    def finish(self, trainer, samples_per_step: int, data_path: str, script: str = "inference.sh", **more) -> None:
         """Evaluate the last weights, write summary.json (with `more`), and say what came out and how to evaluate it.
 
-        data_path: where the data lies, if not below data/. ask: the script, with its options, that evaluates best/.
+        data_path: where the data lies, if not below data/. script: the one that evaluates best/.
         """
         step = trainer.state.global_step
         if processes.broadcast_from_main(lambda: evaluations(self.folder)[-1]["step"]) != step:
@@ -259,18 +271,27 @@ class TrainingRun:
             **self._details(data_path),
         )
         print(before_after_table(moments))
-        names = ",".join(part.task.name for part in self.data)
         print(
             f"\nEverything lies in {self.folder}: best/ (the best checkpoint), predictions.jsonl, history.jsonl, "
-            f"summary.json.\nEvaluate it:\n"
-            f"  bash scripts/{ask or f'inference.sh --task {names} --answer_space {self.arguments.answer_space}'} "
-            f"--from_local True --train_model_name {self.folder / 'best'}"
+            f"summary.json.\nEvaluate it:\n  bash scripts/{self._evaluation(data_path, script)}"
         )
         if best["step"] == 0 < step:
             print(
                 f"Training did not help: every later score is below the {best['score']:.3f} of step 0, and best/ holds "
                 "the model as it was then. Train for longer (--max_steps), or with another --learning_rate."
             )
+
+    def _evaluation(self, data_path: str, script: str) -> str:
+        """The command that evaluates best/ on the very rows that are held out here."""
+        asked, given = getattr(self.arguments, "asked", {}), task_options(self.folder, self.data)
+        given |= {"data_path": data_path} if data_path else {}
+        given |= {"split": "validation"} if script == "classify.sh" or os.path.isfile(data_path) else {}
+        given |= {"answer_space": self.arguments.answer_space} if script == "inference.sh" else {}
+        for name in ("eval_size", "max_prompt_length", "use_CoT", "strict_format"):
+            value, usual = asked.get(name), getattr(Arguments, name, False)
+            given |= {name: value} if value not in (None, usual) else {}
+        given |= {"from_local": True, "train_model_name": self.folder / "best"}
+        return " ".join([script, *(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())])
 
     def _details(self, data_path: str) -> dict:
         """Intervals and confusion counts of the last answers; of several tasks under `details`, by task."""
