@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 
 import prompts
 from engine.batches import common_prefix
@@ -21,6 +22,7 @@ from machine.terminal import Progress
 from tasks import Task
 
 PROMPTS_AT_ONCE = 1000
+TOKENS_AT_ONCE = 8192  # of prompts that one process answers before they are saved
 
 
 def build_prompts(
@@ -42,6 +44,21 @@ def build_prompts(
     return prompt_ids, shortened
 
 
+def batches(lengths: list[int], batch: int) -> list[slice]:
+    """The rows that are answered and saved at a time, in order: at most `batch`, and on a CPU so few tokens that
+    progress shows every few seconds. They depend on the prompts alone, so that a resume has the same ones.
+
+    lengths: of the prompts, without the prefix that all share.
+    """
+    most = float("inf") if torch.cuda.is_available() else TOKENS_AT_ONCE * processes.count()
+    starts, tokens = [], 0
+    for row, length in enumerate(lengths):
+        if not starts or row - starts[-1] >= batch or tokens + length > most:
+            starts, tokens = [*starts, row], 0
+        tokens += length
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lengths)])]
+
+
 def answer(
     folder: Path,
     answer_format: AnswerFormat,
@@ -55,8 +72,8 @@ def answer(
 ) -> list[Prediction]:
     """The answers to all prompts, also written to predictions.jsonl, which appears only when it is complete.
 
-    What an interrupted run left is kept, in whole batches of `batch` rows, and not computed again; each batch has a
-    random stream of its own. `how` goes to `predict`. ArgumentError if the folder's answers are to other rows.
+    What an interrupted run left is kept, in whole batches of at most `batch` rows, and not computed again; each batch
+    has a random stream of its own. `how` goes to `predict`. ArgumentError if the folder's answers are to other rows.
     prior: what the labels' probabilities are corrected by once all rows are answered (calibration.prior_of).
     """
     task = answer_format.task
@@ -66,9 +83,11 @@ def answer(
     answers = processes.broadcast_from_main(
         lambda: predictions.read(unfinished, task, rows) if unfinished.exists() else []
     )
+    shared = common_prefix(prompt_ids)
+    parts = batches([len(ids) - shared for ids in prompt_ids], batch)
     if len(answers) < len(rows):
-        answers = answers[: len(answers) // batch * batch]
-    engine.lasting_prefix = LastingPrefix(common_prefix(prompt_ids))
+        answers = answers[: max(part.start for part in parts if part.start <= len(answers))]
+    engine.lasting_prefix = LastingPrefix(shared)
     main = processes.is_main()
     with (
         Progress(task.name, "row", len(rows), len(answers), show=main) as progress,
@@ -77,12 +96,11 @@ def answer(
         if main:
             kept = unfinished.read_bytes().split(b"\n")[: len(answers)]
             file.truncate(sum(len(line) + 1 for line in kept))
-        for start in range(len(answers), len(rows), batch):
-            ids = [list(prompt) for prompt in prompt_ids[start : start + batch]]
-            found = predict.predict(engine, answer_format, ids, seed=seed + start, **how)
+        for part in (part for part in parts if part.start >= len(answers)):
+            ids = [list(prompt) for prompt in prompt_ids[part]]
+            found = predict.predict(engine, answer_format, ids, seed=seed + part.start, **how)
             texts = engine.tokenizer.batch_decode(ids)
-            part = rows[start : start + batch]
-            file.writelines(predictions.encoded_lines(task, part, texts, found, prior is not None))
+            file.writelines(predictions.encoded_lines(task, rows[part], texts, found, prior is not None))
             file.flush()
             os.fsync(file.fileno())
             answers += found

@@ -1,6 +1,7 @@
 """What can happen to a run from outside, and how the run ends: signals, a lost terminal, a full disk.
 
 SIGTERM, SIGHUP, Ctrl-C    a checkpoint at the end of the step, exit code 143, 129 or 130; a second Ctrl-C: at once
+                           (the evaluation after the last step is not waited for: a resume does it)
                            (inference.py and fewshot.py always end at once: all answers so far are on the disk)
 nobody reads the output    the run goes on without output
 anything that stops it     one sentence and the command that resumes; exit code 1, or 2 for bad input
@@ -54,6 +55,17 @@ class Guard:
             with contextlib.suppress(OSError):
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: saving a checkpoint at the end of this step, then stopping{more}.\n".encode())
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In here a signal, or one that came before, does not wait: Stopped is raised."""
+        training, self.training = self.training, False
+        try:
+            if self.received is not None:
+                raise Stopped(self.received)
+            yield
+        finally:
+            self.training = training
 
     def end_training(self, step: int) -> None:
         """After training, which got to this step: SystemExit if a signal ended it."""

@@ -210,6 +210,21 @@ def send(step: int, *names: str) -> None:
     at_step(step, lambda: [os.kill(os.getpid(), getattr(signal, name)) for name in names])
 
 
+def send_in_evaluation(number: int, name: str) -> None:
+    """A signal in the middle of an evaluation; 1: the one before training."""
+    from training import training_run
+
+    original, calls = training_run.HeldOutEvaluation.__call__, []
+
+    def evaluate(self, engine):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(self, engine)
+
+    training_run.HeldOutEvaluation.__call__ = evaluate
+
+
 def limit_files(step: int, size: int) -> None:
     """From a step on no file may grow beyond so many bytes: what a full disk does to a write."""
     at_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
@@ -249,7 +264,7 @@ def failing_reward(step: int) -> None:
     rewards.reward_function = reward_function
 
 
-FAULTS = {f.__name__: f for f in (kill, count, send, limit_files, kill_wandb, failing_reward)}
+FAULTS = {f.__name__: f for f in (kill, count, send, send_in_evaluation, limit_files, kill_wandb, failing_reward)}
 
 
 # ----------------------------------------------------------------------------------------------- the interpreter's side

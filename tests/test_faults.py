@@ -57,6 +57,22 @@ def test_a_signal_ends_the_run_after_its_step(name, code, straight, model_folder
 
 
 @pytest.mark.parametrize("script", ["ppo", "sft"])
+def test_a_signal_does_not_wait_for_the_evaluation_after_the_last_step(script, model_folder, data_root, tmp_path):
+    """The step is saved, and what is missing is evaluated by a resume."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    given = {**STEPS, "save_freq": 9}
+    fault = ("send_in_evaluation", 2, "SIGTERM")
+    result = forked.run(script, argv(model_folder, data_root, folder, **given), tmp_path / "out.txt", fault=fault)
+    assert result.code == 143 and "Traceback" not in result.text, result.text
+    assert f"stopped at once by SIGTERM; the last checkpoint is {folder}/step-3" in result.text
+    assert {line["step"] for line in lines(folder) if "eval/score" in line} == {0}
+    result = forked.run(script, ["--resume", str(folder)], tmp_path / "out.txt")
+    assert result.code == 0, result.text
+    assert forked.run(script, argv(model_folder, data_root, whole, **given), tmp_path / "out.txt").code == 0
+    assert lines(folder) == lines(whole) and names(folder) == names(whole)
+
+
+@pytest.mark.parametrize("script", ["ppo", "sft"])
 def test_a_second_interrupt_ends_it_at_once(script, model_folder, data_root, tmp_path):
     folder = tmp_path / "run"
     given = argv(model_folder, data_root, folder, **STEPS)

@@ -18,7 +18,7 @@ import prompts
 import tasks
 from engine import models
 from engine.engine import Engine
-from evaluation import answer_spaces, jobs, leaderboard, metrics, predict, predictions
+from evaluation import answer_spaces, answering, jobs, leaderboard, metrics, predict, predictions
 from evaluation.answer_spaces import AnswerFormat
 from machine.errors import DataError
 from run.folder import lock
@@ -305,6 +305,14 @@ def test_score_agrees_with_lm_evaluation_harness_on_real_rows():
     rows = splits.choose(tasks.get("SST"), loaders.load(tasks.get("SST"), "validation", ORIGINALS), 200)
     assert len(rows) == 200
     agrees_with_lm_evaluation_harness(model, tokenizer, rows, batch_size=8)
+
+
+def test_long_rows_are_saved_a_few_at_a_time_and_short_ones_in_whole_batches():
+    found = answering.batches([4000] * 5 + [10] * 600 + [20_000, 1], 256)
+    assert [(part.start, part.stop) for part in found] == [
+        (0, 2), (2, 4), (4, 260), (260, 516), (516, 605), (605, 606), (606, 607)
+    ]  # fmt: skip
+    assert answering.batches([5, 5], 256) == [slice(0, 2)]
 
 
 # ------------------------------------------------------------------------------------------------- which rows

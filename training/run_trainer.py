@@ -22,6 +22,7 @@ from machine import manifests, processes, sharding
 from machine.errors import TrainingError
 from machine.files import fsync_folder, remove_folder
 from run.checkpoints import ADAPTER_FILE, OLD_BEST, STATE_FILE, checkpoints_of, run_id, step_of
+from run.faults import Stopped
 
 PICKLE = "training_args.bin"  # Trainer writes it; nothing reads it, and unpickling it would run code
 
@@ -35,6 +36,7 @@ class RunTrainer:
     Attributes:
         engine: on the model in training; a classification head's is a Classifier.
         evaluation: `(engine) -> dict` of held-out figures, whose `score` decides what is best.
+        at_once: around the evaluation after the last step: in it a signal ends the run at once.
         on_save: called with every checkpoint's folder before it counts as written.
         samples_per_step: of all processes.
         step_task: the name of the task that the last step's rows were of, where a step takes one of several.
@@ -45,6 +47,7 @@ class RunTrainer:
     on_save: Callable[[Path], None]
     samples_per_step: int
     step_task: str = ""
+    at_once: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     saved_step: int | None = None  # of the last checkpoint that was written or loaded
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -73,8 +76,15 @@ class RunTrainer:
         """Run `evaluation` on the current weights; its figures are logged as eval/<name>, the best ones are saved."""
         self.model.eval()
         started = time.perf_counter()
-        with self.enough_memory("Lower --max_prompt_length"):
-            metrics = {f"{metric_key_prefix}/{name}": value for name, value in self.evaluation(self.engine).items()}
+        last = self.state.global_step >= self.args.max_steps and processes.count() == 1
+        try:
+            with self.at_once() if last else contextlib.nullcontext(), self.enough_memory("Lower --max_prompt_length"):
+                figures = self.evaluation(self.engine)
+        except Stopped:  # nothing is left to train; what is missing is evaluated by a resume
+            if self.saved_step != self.state.global_step:
+                self._save_checkpoint(self.model_wrapped, None)
+            raise
+        metrics = {f"{metric_key_prefix}/{name}": value for name, value in figures.items()}
         metrics[f"{metric_key_prefix}/seconds"] = time.perf_counter() - started
         score, best = metrics.get(f"{metric_key_prefix}/score"), self._best_score()
         # Save best/ before logging: a run killed in between evaluates again, and comes to the same best/.

@@ -238,6 +238,7 @@ class TrainingRun:
         """
         quiet_trainer(trainer)
         self.progress.trainer = trainer
+        trainer.at_once = self.guard.at_once
         if self.checkpoint:
             print(f"Going on from {self.checkpoint}")
         trainer.train_from(self.checkpoint)
