@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import prompts
 from classify import HeadArguments
 from evaluation.arguments import InferenceArguments
 from export import ExportArguments
@@ -22,6 +21,7 @@ from ppo import PPOArguments
 from report import ReportArguments
 from run.parser import options_of
 from sft import SFTArguments
+from tasks import loaders, own
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -50,6 +50,7 @@ BENCHMARK_OPTIONS = {
     for path in (ROOT / "benchmarks").glob("*.py")
     for option in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))
 }
+QUEUES = ("billing", "bug", "other")
 OTHER_OPTIONS = {"config_file", "num_processes"}  # accelerate's
 
 
@@ -157,6 +158,14 @@ def keeps_and_reads_a_ledger(command: str, trained: Path, folder: Path) -> None:
         )  # before and after
 
 
+def own_task(folder: Path) -> Path:
+    """A folder with a table such as the README speaks of, and the README's YAML file about it."""
+    rows = [f'"{q} {i}","my {q}, it ""is"" {i}",{q},"{q} number {i}",{q}' for i in range(10) for q in QUEUES]
+    (folder / "tickets.csv").write_text("\n".join(["subject,body,queue,text,label", *rows]) + "\n")
+    (folder / "tickets.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0], encoding="utf-8")
+    return folder
+
+
 def runs_a_script(command: str, trained: Path, folder: Path) -> None:
     """One of the scripts with the embedded model, and the folder that it leaves."""
     if "MODEL=" in command:
@@ -164,6 +173,7 @@ def runs_a_script(command: str, trained: Path, folder: Path) -> None:
     if "TASK=SST" in command and not (ROOT / "data" / "GLUE" / "SST").is_dir():
         pytest.skip("needs the original files of SST")
     command = command.replace("model/MR/RUN/best", str(trained / "best"))
+    command = re.sub(r"tickets\.(csv|yaml)", lambda file: str(own_task(folder.parent) / file[0]), command)
     training = any(script in command for script in ("ppo.sh", "sft.sh", "classify.sh"))
     assert succeeded(run(command, [*(TINY_TRAINING if training else TINY), "--output_dir", str(folder)]))
     assert (folder / "summary.json").is_file()
@@ -217,14 +227,10 @@ def test_documents_are_short_and_their_lines_too(document):
     assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 
-def test_the_readme_s_own_task_is_a_task_with_a_wording():
-    entry, wording = blocks(ROOT / "README.md", "python")[0].split("\n\n")
-    names = {"Task": prompts.Task, "Wording": prompts.Wording}
-    task, wording = eval(entry, names), eval(wording, names)
-    assert set(task.passage) <= set(task.fields) <= set(task.columns) and "label" in task.columns
-    assert len(task.labels) == len(task.words)
-    assert set(re.findall(r"{(\w+)}", wording.body)) == set(task.fields)
-    assert "{answers}" in wording.instruction and "{words}" in wording.question
+def test_the_readme_s_own_task_is_a_task_with_a_wording(tmp_path):
+    task = own.read_task(own_task(tmp_path) / "tickets.yaml")
+    assert task.labels == QUEUES and task.metrics == ("accuracy", "macro_f1") and len(loaders.load(task, "train")) == 30
+    assert "bug: something is broken." in task.wording.instruction and task.wording.question == "Queue ({words}):"
 
 
 def test_every_test_that_the_table_of_faults_names_exists():
