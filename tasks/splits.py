@@ -114,10 +114,10 @@ def hold_out(task: Task, rows: list[dict]) -> tuple[list[dict], list[dict]]:
     for key, members in groups.items():
         digest = sha256(repr(key).encode()).digest()
         strata.setdefault(_stratum(task, rows[members[0]]) if alone else 0, []).append((digest, members))
-    kept = [i for stratum in strata.values() for i in _tenth([members for _, members in sorted(stratum)])]
+    kept = {i for stratum in strata.values() for i in _tenth([members for _, members in sorted(stratum)])}
     if not kept:
         raise DataError(f"{task.name} has no validation split, and {len(rows)} training rows are too few to hold out")
-    return [row for i, row in enumerate(rows) if i not in set(kept)], [rows[i] for i in sorted(kept)]
+    return [row for i, row in enumerate(rows) if i not in kept], [rows[i] for i in sorted(kept)]
 
 
 def _stratum(task: Task, row: dict) -> int:
