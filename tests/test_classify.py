@@ -242,7 +242,7 @@ def test_a_head_learns_and_answers_again(kind, full, steps, folders, data_root, 
     weights = "model" if full else "adapter_model"
     assert {f"{weights}.safetensors", "head.json", "tokenizer.json"} <= {path.name for path in (run / "best").iterdir()}
     said = capsys.readouterr().out
-    where = f"--task SST --data_path {data_root} --split validation --eval_size 8 --from_local True"
+    where = f"--task SST --data_path {data_root} --split validation --from_local True"
     assert f"bash scripts/classify.sh {where} --train_model_name {run}" in said
     classify.main(argv(run / "best", data_root, again, split="validation"))
     answered, _, lines = read(again)

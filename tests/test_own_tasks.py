@@ -364,7 +364,7 @@ def test_the_examples_are_tasks():
     folder = Path(own.__file__).parent / "examples"
     found = {path.stem: own.read_task(path) for path in folder.glob("*.yaml")}
     assert {name: len(task.labels) for name, task in found.items()} == {"spam": 2, "tickets": 7, "readability": 0}
-    assert "Returns: sending goods back." in found["tickets"].wording.instruction
+    assert "returns: sending goods back." in found["tickets"].wording.instruction
     assert found["readability"].words[:2] == ("1.0", "1.5") and len(found["readability"].words) == 19
     for task in found.values():
         row = {**dict.fromkeys(task.fields, "some text"), "label": task.labels and 1 or 2.5}

@@ -275,7 +275,7 @@ def trained(model_folder, data_root, tmp_path_factory) -> Path:
     command = [sys.executable, str(ROOT / "sft.py"), *options(model_folder, data_root, folder, **given)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "bash scripts/ppo.sh --task SST --from_local True --train_model_name" in result.stdout
+    assert f"bash scripts/ppo.sh --task SST --data_path {data_root} --from_local True" in result.stdout
     return folder
 
 
