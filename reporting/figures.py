@@ -37,6 +37,7 @@ STYLE = {
 }
 COLLAPSED = 0.95  # share of one label in two consecutive training steps that is called a collapse
 BINS = 10  # of the reliability plot
+MOST_IN_TABLE = 30  # labels in a figure of gold by predicted ones
 WIDEST = 12  # inches of panels side by side
 
 
@@ -151,18 +152,21 @@ def scale_samples(ax, seen: list[float]) -> None:
 
 
 def confusion(groups: list[Group]) -> bytes | None:
-    """Gold by predicted label: the shares of each gold label, and the counts summed over the runs."""
+    """Gold by predicted label: the shares of each gold label, and the counts summed over the runs. None for tasks with
+    more labels than a figure has room for."""
     tables = []
     for group in groups:
         counts = [counts for counts in map(confusion_counts, group.results) if counts is not None]
-        if counts and len({c.shape for c in counts}) == 1:
+        if counts and len({c.shape for c in counts}) == 1 and len(counts[0]) <= MOST_IN_TABLE:
             tables.append((group, sum(counts)))
     if not tables:
         return None
 
     def fill(axes):
         for ax, (group, counts) in zip(axes, tables):
-            labels = [*group.first.task.labels, "invalid"]
+            labels = [
+                label.replace("$", r"\$") for label in (*group.first.task.labels, "invalid")
+            ]  # $ begins a formula
             if not counts[:, -1].any():
                 labels, counts = labels[:-1], counts[:, :-1]
             shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
