@@ -1,7 +1,7 @@
 """A classification head on an encoder or a decoder: the baseline that needs no prompt.
 
     bash scripts/classify.sh                                  LoRA and a head on the embedded model, on MR
-    bash scripts/classify.sh --full True --train_model_name FacebookAI/roberta-large
+    bash scripts/classify.sh --full_finetuning True --train_model_name FacebookAI/roberta-large
     bash scripts/classify.sh --split test --eval_size 0 --from_local True --train_model_name model/MR/<run>/best
 
 The model is transformers' AutoModelForSequenceClassification (engine/classifier.py says what its head is). It reads a
@@ -23,12 +23,11 @@ from run.arguments import get_task, one_of, parse
 from run.folder import lock, make_folder
 from run.parser import fixed, option
 from tasks import Task, splits
-from training.arguments import TrainArguments, check_batch, check_training, fill_in_epochs
+from training.arguments import FULL_LEARNING_RATE, TrainArguments, check_batch, check_training, fill_in_epochs
 from training.data import TaskData, load_rows
 
 STEPS = 72  # of 8 rows: as many rows as ppo.py's and sft.py's defaults see
 LEARNING_RATE = 1e-3  # of LoRA and head; docs/results/recipes.md has the search
-FULL_LEARNING_RATE = 5e-5  # of all weights: the largest of those in https://arxiv.org/abs/1810.04805
 
 
 @dataclass
@@ -37,12 +36,11 @@ class HeadArguments(TrainArguments):
 
     batch_sentence_num: int = option(8, "training", "rows per step")
     learning_rate: float | None = option(
-        None, "training", f"learning rate; default: {LEARNING_RATE:g}, or {FULL_LEARNING_RATE:g} with --full True"
+        None, "training", f"learning rate; default: {LEARNING_RATE:g}, or {FULL_LEARNING_RATE:g} with --full_finetuning"
     )
     max_steps: int | None = option(
         None, "training", f"number of steps; 0: all epochs; default: {STEPS} without --end_epoch"
     )
-    full: bool = option(False, "training", "True: train all weights; False: LoRA and the head")
     split: str = option("", "run", "validation or test: answer it with a trained head; default: train one")
     # A head gives a probability for each label, once: there is nothing to generate, sample or repeat.
     use_CoT: bool = fixed(False)
@@ -54,6 +52,10 @@ class HeadArguments(TrainArguments):
     load_in_8bit: bool = fixed(False)
     load_in_4bit: bool = fixed(False)
     submission: bool = fixed(False)
+
+    @property
+    def number_format(self) -> str:
+        return self.dtype  # that is computed in: autocast rounds all weights, which are kept in float32
 
 
 def check(arguments: HeadArguments) -> Task:
@@ -84,7 +86,7 @@ def check(arguments: HeadArguments) -> Task:
         raise ArgumentError(f"--task {task.name} has no training data; train on {task.answered_by} and answer it with "
                             f"--task {task.name} --split validation")  # fmt: skip
     if arguments.learning_rate is None:
-        arguments.learning_rate = FULL_LEARNING_RATE if arguments.full else LEARNING_RATE
+        arguments.learning_rate = FULL_LEARNING_RATE if arguments.full_finetuning else LEARNING_RATE
     fill_in_epochs(arguments)
     if arguments.max_steps is None:
         arguments.max_steps = STEPS
@@ -109,9 +111,10 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
     import transformers
 
+    from engine import models
     from engine.classifier import Classifier
     from evaluation import classifying
-    from machine.memory import inference_token_budget, training_token_budget
+    from machine.memory import OF_ALL_WEIGHTS, inference_token_budget, training_token_budget
     from training import training_run
     from training.head_trainer import HeadTrainer
 
@@ -125,18 +128,20 @@ def train(arguments: HeadArguments, data: TaskData, guard: faults.Guard) -> None
     # 2. model
     transformers.set_seed(arguments.seed)  # of the new head
     model = load_model(arguments, task, tokenizer)
-    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_token_budget(model)
+    arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or training_token_budget(
+        model, copies=OF_ALL_WEIGHTS * arguments.full_finetuning
+    )
 
     # 3. run
     run = training_run.TrainingRun("head", arguments, task, [data], tokenizer, guard)
-    run.announce(shortened + shortened_too, f"classification head, {'all weights' if arguments.full else 'LoRA'}")
+    run.announce(shortened + shortened_too, "classification head")
 
     # 4. trainer
     evaluation = training_run.HeldOutEvaluation(
         arguments, [data], run.folder, answer=lambda classifier, part: classifying.predict(classifier, task, inputs)
     )
     trainer = HeadTrainer(
-        Classifier(model, tokenizer, inference_token_budget(model)),
+        Classifier(model, tokenizer, inference_token_budget(model), models.number_format(arguments.dtype)),
         trainer_config(arguments, run.folder, train_inputs),
         [{**encoded, "labels": classifying.target(task, row)} for encoded, row in zip(train_inputs, data.train)],
         evaluate_with=evaluation,
@@ -177,11 +182,11 @@ def load_model(arguments: HeadArguments, task: Task, tokenizer):
     """The model to train, or with `--split` the one to ask. Raises ModelError."""
     import torch
 
-    from engine import classifier
+    from engine import classifier, models
 
     name, how = arguments.train_model_name, (arguments.from_local, arguments.trust_remote_code)
-    half = torch.cuda.is_available() and not arguments.full  # all weights: an update is lost in bfloat16's rounding
-    dtype = torch.bfloat16 if half else torch.float32
+    # All weights are kept in float32: an update is lost in bfloat16's rounding.
+    dtype = torch.float32 if arguments.full_finetuning else models.number_format(arguments.dtype)
     model, new = classifier.load(name, *how, task.labels, tokenizer, dtype)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and arguments.max_prompt_length > longest:
@@ -189,13 +194,16 @@ def load_model(arguments: HeadArguments, task: Task, tokenizer):
             f"--max_prompt_length {arguments.max_prompt_length} is more than the {longest} tokens that {name} can "
             "read; lower it"
         )
-    return model if arguments.full or arguments.split else classifier.with_new_adapter(model, new)
+    if arguments.full_finetuning or arguments.split:
+        return model
+    return classifier.with_new_adapter(model, new, **arguments.lora)
 
 
 def trainer_config(arguments: HeadArguments, folder: Path, inputs: list[dict]):
     """The HeadConfig of these arguments for these training rows; a step is one batch."""
     import torch
 
+    from engine.models import number_format
     from training.head_trainer import HeadConfig, micro_batch
     from training.training_run import trainer_settings
 
@@ -208,8 +216,7 @@ def trainer_config(arguments: HeadArguments, folder: Path, inputs: list[dict]):
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch // micro,
         warmup_steps=settings["max_steps"] // 20,
-        weight_decay=0.0,
-        bf16=torch.cuda.is_available(),
+        bf16=number_format(arguments.dtype) == torch.bfloat16,
         label_names=["labels"],
     )
 
@@ -234,8 +241,9 @@ def evaluate(arguments: HeadArguments, task: Task, guard: faults.Guard) -> None:
     model = load_model(arguments, task, tokenizer)
     with contextlib.ExitStack() as held:
         folder = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, task, held))
-        print(models.device_line())
-        classifier = Classifier(model, tokenizer, arguments.tokens_per_micro_batch or inference_token_budget(model))
+        print(models.device_line(arguments.dtype))
+        budget = arguments.tokens_per_micro_batch or inference_token_budget(model)
+        classifier = Classifier(model, tokenizer, budget, models.number_format(arguments.dtype))
         found = classifying.predict(classifier, task, inputs)
         ids = [row["input_ids"] for row in inputs]
         predictions.write(folder, task, job.rows, ids, found, tokenizer, first=False)

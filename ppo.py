@@ -21,7 +21,9 @@ from run.parser import option
 from training import reward_functions
 from training.arguments import (
     ADVANTAGES,
+    FULL_LEARNING_RATE,
     GROUP_ADVANTAGES,
+    OPTIMIZER_HELP,
     PolicyArguments,
     check_batch,
     check_training,
@@ -54,6 +56,7 @@ class PPOArguments(PolicyArguments):
 
     batch_sentence_num: int | None = option(None, "training", "prompts per step; default: by recipe")
     max_steps: int | None = option(None, "training", MAX_STEPS_HELP)
+    optimizer: str = option("adamw_torch", "training", OPTIMIZER_HELP)
     policy_gradient: str = option(
         "", "PPO", "sampled, or expected: sum over all labels; default: expected where possible"
     )
@@ -93,6 +96,13 @@ def check(arguments: PPOArguments, tasks: int = 1) -> None:
             "use --policy_gradient sampled"
         )
     fill_in_epochs(arguments)
+    if arguments.warmup_steps and arguments.lr_scheduler == "constant":
+        raise ArgumentError(
+            f"--lr_scheduler constant has no warm-up; leave out --warmup_steps {arguments.warmup_steps}, or give "
+            "constant_with_warmup"
+        )
+    if arguments.full_finetuning and arguments.learning_rate is None:
+        arguments.learning_rate = FULL_LEARNING_RATE
     recipe = RECIPES[arguments.policy_gradient]
     for name, value in {**recipe, "max_steps": recipe["max_steps"] * tasks}.items():
         if getattr(arguments, name) is None:
@@ -103,6 +113,11 @@ def check(arguments: PPOArguments, tasks: int = 1) -> None:
         not_negative=("kl_coef", "kl_target", "entropy_coef", "entropy_end", "value_coef", "warmup_steps"),
     )
     check_objective(arguments)
+    if arguments.lora_dropout:
+        raise ArgumentError(
+            f"--lora_dropout {arguments.lora_dropout:g}: PPO compares an answer's probability before and after an "
+            "update, and with dropout two masks would change it too; leave it at 0"
+        )
     arguments.reward = reward_functions.check(arguments.reward, arguments.reward_weights)
     if arguments.batch_sentence_num % arguments.num_minibatches:
         raise ArgumentError(
@@ -182,10 +197,9 @@ def train(
 ) -> None:
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
-    from engine import models
     from engine.loading import check_vocabulary, load_engine
     from evaluation.answer_spaces import AnswerFormat
-    from machine.memory import training_token_budget
+    from machine.memory import OF_ALL_WEIGHTS, training_token_budget
     from training import training_run
     from training.ppo_trainer import PPOTrainer
 
@@ -196,9 +210,10 @@ def train(
     # 2. model
     engine = load_engine(arguments.train_model_name, tokenizer, **arguments.model_options)
     check_vocabulary(engine, arguments.train_model_name, max(part.largest_token for part in data))
-    adapter = models.lora_config_for(engine.model)
+    adapter = training_run.new_adapter(arguments, engine.model)
     keep_rollout = arguments.policy_gradient == "sampled" and arguments.num_minibatches == 1
-    budget = arguments.tokens_per_micro_batch or training_token_budget(engine.model, keep_rollout)
+    copies = 0 if adapter else OF_ALL_WEIGHTS + (arguments.kl_coef > 0)
+    budget = arguments.tokens_per_micro_batch or training_token_budget(engine.model, keep_rollout, copies)
     arguments.tokens_per_micro_batch = budget
 
     # 3. run

@@ -21,7 +21,7 @@ from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, one_of, parse
 from run.parser import option
 from tasks import Task
 from tasks.labels import to_units
-from training.arguments import PolicyArguments, check_batch, check_training, fill_in_epochs
+from training.arguments import FULL_LEARNING_RATE, PolicyArguments, check_batch, check_training, fill_in_epochs
 from training.data import TaskData, find_tasks, load_rows, name_of
 
 LOSS_ON = "answer"  # the default of --loss_on
@@ -30,6 +30,7 @@ MICRO_BATCH = 8  # with loss on the full row: rows that go through the network a
 # On one task, unless --max_steps says otherwise: 72 steps of 8 rows are as many rows as ppo.py's default sees. On MR 18
 # steps of 32 taught less at every step size (78 to 80% against 89%): the first steps are spent on the tags.
 STEPS = 72
+LEARNING_RATE = 5e-4  # of an adapter
 
 
 @dataclass
@@ -38,7 +39,12 @@ class SFTArguments(PolicyArguments):
 
     batch_sentence_num: int = option(8, "training", "rows per step")
     lines_per_file: int = option(30000, "SFT", "training rows of each task, at most")
-    learning_rate: float = option(5e-4, "training", "learning rate of the adapter")
+    learning_rate: float | None = option(
+        None, "training", f"learning rate; default: {LEARNING_RATE:g}, or {FULL_LEARNING_RATE:g} with --full_finetuning"
+    )
+    gradient_checkpointing: bool | None = option(
+        None, "training", "True: less memory, more time; default: on a card with --loss_on full"
+    )
     max_steps: int | None = option(
         None, "training", f"number of steps; 0: all epochs; default: {STEPS} for one task without --end_epoch"
     )
@@ -47,6 +53,7 @@ class SFTArguments(PolicyArguments):
     label_smoothing: float = option(0.0, "SFT", "--loss_on label: share of the target that all labels get alike")
     number_target: str = option("nearest", "SFT", "--loss_on label, STS-B: nearest number, or soft: close ones too")
     answer_space: str = option("", "answers", ANSWER_SPACES_HELP)
+    packing: bool = option(False, "SFT", "--loss_on full: rows packed by TRL; --batch_sentence_num counts packed ones")
     do_sample: bool = option(False, "answers", "True: evaluation samples at --model_temperature; False: greedy")
 
 
@@ -63,12 +70,19 @@ def check(arguments: SFTArguments) -> None:
         value = getattr(arguments, name)
         if value != usual and arguments.loss_on != "label":
             raise ArgumentError(f"--{name} {value} needs --loss_on label; leave it at {usual}")
+    if arguments.packing and arguments.loss_on != "full":
+        raise ArgumentError(
+            f"--packing True needs --loss_on full; with --loss_on {arguments.loss_on} rows share their prefix, and "
+            "nothing is padded anyway: leave it at False"
+        )
     if arguments.use_CoT:
         raise ArgumentError(
             "--use_CoT True: the data holds no analyses to learn from; leave it at False, or use ppo.py"
         )
     if arguments.do_sample and arguments.answer_space == "score":
         raise ArgumentError("--answer_space score samples nothing; leave --do_sample at False")
+    if arguments.learning_rate is None:
+        arguments.learning_rate = FULL_LEARNING_RATE if arguments.full_finetuning else LEARNING_RATE
     fill_in_epochs(arguments)
     check_training(arguments, positive=("lines_per_file",))
 
@@ -117,11 +131,10 @@ def main(argv: list[str] | None = None) -> None:
 def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) -> None:
     """Build, train, evaluate and save. What goes wrong, `guard` turns into one sentence."""
     # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without them.
-    from engine import models
     from engine.loading import check_vocabulary, load_engine
     from evaluation.answer_spaces import label_trie
     from training import training_run
-    from training.sft_trainer import Finetuner, loss_type
+    from training.sft_trainer import Finetuner, check_packing, loss_type
 
     # 1. prompts and answers
     tokenizer = training_run.load_tokenizer(arguments, data)
@@ -130,7 +143,9 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     # 2. model
     engine = load_engine(arguments.train_model_name, tokenizer, **arguments.model_options)
     check_vocabulary(engine, arguments.train_model_name, max(part.largest_token for part in data))
-    adapter = models.lora_config_for(engine.model)
+    if arguments.packing:
+        check_packing(engine.network)
+    adapter = training_run.new_adapter(arguments, engine.model)
 
     # 3. run
     run = training_run.TrainingRun("sft", arguments, name_of(arguments, data), data, tokenizer, guard)
@@ -143,6 +158,8 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     )
     config = trainer_config(arguments, run.folder, len(table))
     config.loss_type = loss_type(engine.network)
+    if arguments.packing:
+        config.rows_per_sequence = sum(map(len, table["seq_lengths"])) / len(table)
     trainer = Finetuner(
         engine.model,
         config,
@@ -161,7 +178,7 @@ def train(arguments: SFTArguments, data: list[TaskData], guard: faults.Guard) ->
     # 5. train, save
     run.train(trainer)
     root = arguments.datafolder_path or arguments.data_path
-    run.finish(trainer, arguments.batch_sentence_num, root, tasks=[part.task.name for part in data])
+    run.finish(trainer, trainer.samples_per_step, root, tasks=[part.task.name for part in data])
     given = training_run.task_options(run.folder, data) | ({"data_path": root} if root else {})
     given |= {"from_local": True, "train_model_name": run.folder / "best"}
     print("Or train on:\n  bash scripts/ppo.sh", *(f"--{name} {shlex.quote(str(v))}" for name, v in given.items()))
@@ -188,7 +205,25 @@ def dataset(arguments: SFTArguments, data: list[TaskData], tokenizer):
         if arguments.balance_tasks:
             table = table.select(repeated(len(table), arguments.lines_per_file, arguments.seed))
         tables.append(table)
-    return datasets.concatenate_datasets(tables * arguments.repeat_time), shortened
+    table = datasets.concatenate_datasets(tables * arguments.repeat_time)
+    return pack(arguments, table) if arguments.packing else table, shortened
+
+
+def pack(arguments: SFTArguments, table):
+    """The rows packed by TRL (best fit decreasing), whole: a sequence is as long as a prompt may be, or as the longest
+    row. Raises ArgumentError if there are fewer sequences than a step takes."""
+    import datasets
+    from trl import pack_dataset
+
+    size = max(arguments.max_prompt_length, max(map(len, table["input_ids"])))
+    datasets.disable_progress_bars()
+    packed = pack_dataset(table.shuffle(seed=arguments.seed), size, "bfd")
+    if len(packed) < arguments.batch_sentence_num:
+        raise ArgumentError(
+            f"--packing True makes {len(packed)} sequences of the {len(table)} training rows, fewer than the "
+            f"--batch_sentence_num {arguments.batch_sentence_num} of a step; lower it"
+        )
+    return packed
 
 
 def answer_columns(arguments: SFTArguments, part: TaskData, built: list[list[int]], tokenizer) -> dict[str, list]:
@@ -234,24 +269,27 @@ def trainer_config(arguments: SFTArguments, folder: Path, rows: int):
     """The RunConfig of these arguments for so many training rows; a step is one batch."""
     import torch
 
+    from engine.models import number_format
     from training.sft_trainer import RunConfig
     from training.training_run import trainer_settings
 
-    settings, cuda = trainer_settings(arguments, folder, rows), torch.cuda.is_available()
+    settings = trainer_settings(arguments, folder, rows)
     batch = arguments.batch_sentence_num // processes.count()
     shared = arguments.loss_on != "full"
-    micro = batch if shared else next(size for size in range(min(MICRO_BATCH, batch), 0, -1) if batch % size == 0)
+    most = batch if shared else 1 if arguments.packing else min(MICRO_BATCH, batch)  # a packed sequence is long
+    micro = next(size for size in range(most, 0, -1) if batch % size == 0)
+    if arguments.gradient_checkpointing is None:
+        settings["activation_checkpointing"] = torch.cuda.is_available() and not shared  # room for long prompts
     return RunConfig(
         **settings,
         data_seed=arguments.seed + arguments.start_epoch,  # epoch n has one order, whichever run it is in
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch // micro,
         warmup_steps=settings["max_steps"] // 20,
-        weight_decay=0.0,
         adam_epsilon=1e-5 if arguments.loss_on == "label" else 1e-8,  # PPO's, where only the objective should differ
-        bf16=cuda,
-        activation_checkpointing=cuda and not shared,  # room for long prompts
+        bf16=number_format(arguments.number_format) == torch.bfloat16,
         shared_prefix=arguments.loss_on == "answer",
+        packing=arguments.packing,
         remove_unused_columns=arguments.loss_on != "label",
         loss_type="chunked_nll",  # logits only where there is a loss
         max_length=None,  # the prompts are already short enough, and the answer stands at the end

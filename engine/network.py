@@ -100,8 +100,10 @@ class Network:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """In here the model computes without its adapter, if it has one."""
-        with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else contextlib.nullcontext():
+        """In here the model computes without its adapter. Without one its weights may have changed: ValueError."""
+        if not hasattr(self.model, "disable_adapter"):
+            raise ValueError("a model without an adapter is no reference; ask a frozen_copy of its engine")
+        with self.model.disable_adapter():
             yield
 
     @contextlib.contextmanager

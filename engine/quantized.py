@@ -23,21 +23,20 @@ LARGEST_ERROR = {8: 0.03, 4: 0.2}
 ROWS_TRIED = 64
 
 
-def configuration(bits: int) -> BitsAndBytesConfig | None:
-    """How `from_pretrained` quantizes a model to 8 or 4 bits; None for 0."""
+def configuration(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How `from_pretrained` quantizes a model to 8 or 4 bits; None for 0. dtype: that it computes in."""
     if not bits:
         return None
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def quantize(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     """A model in memory, quantized as `from_pretrained` does it. The model that was given must not be used any more."""
     dtype, weights = model.dtype, model.state_dict()
     return type(model).from_pretrained(
-        None, config=model.config, state_dict=weights, dtype=dtype, quantization_config=configuration(bits)
+        None, config=model.config, state_dict=weights, dtype=dtype, quantization_config=configuration(bits, dtype)
     )
 
 

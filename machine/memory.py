@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import nn
 
+OF_ALL_WEIGHTS = 3  # times their own memory: gradients, and Adam's two moments
 SMALLEST_BUDGET = 16  # tokens: less than any prompt, so one row at a time
 
 
@@ -16,8 +17,10 @@ def ran_out(error: BaseException) -> bool:
     return known or any(words in str(error) for words in ("allocate memory", "CUDA error: out of memory"))
 
 
-def training_token_budget(model: nn.Module, keep_rollout: bool = False) -> int:
+def training_token_budget(model: nn.Module, keep_rollout: bool = False, copies: int = 0) -> int:
     """How many tokens may go through the network at once in training: as many as half the free memory holds.
+
+    copies: how many times the weights' own memory is still to be taken (see OF_ALL_WEIGHTS).
 
     A token keeps at most 32 hidden and 12 feed-forward vectors a layer (SmolLM2-135M-Instruct with LoRA on all linear
     layers: half of that on a CPU). On a CPU more than 512 tokens only cost memory, unless the forward of a rollout is
@@ -25,7 +28,7 @@ def training_token_budget(model: nn.Module, keep_rollout: bool = False) -> int:
     16,384 gain nothing.
     """
     hidden, inner, layers = _sizes(model)
-    return _fitting_tokens(model, layers * (32 * hidden + 12 * inner), 16384, 2048 if keep_rollout else 512)
+    return _fitting_tokens(model, layers * (32 * hidden + 12 * inner), 16384, 2048 if keep_rollout else 512, copies)
 
 
 def inference_token_budget(model: nn.Module) -> int:
@@ -41,12 +44,13 @@ def _sizes(model: nn.Module) -> tuple[int, int, int]:
     return config.hidden_size, inner, config.num_hidden_layers
 
 
-def _fitting_tokens(model: nn.Module, numbers: int, most_on_card: int, most_on_cpu: int) -> int:
+def _fitting_tokens(model: nn.Module, numbers: int, most_on_card: int, most_on_cpu: int, copies: int = 0) -> int:
     """How many tokens of so many numbers each fit into half the free memory, rounded down to a power of two, so that
     the same machine gives the same micro-batches."""
     weight = model.get_input_embeddings().weight
     cuda = weight.device.type == "cuda"
     free = torch.cuda.mem_get_info(weight.device)[0] if cuda else psutil.virtual_memory().available
+    free = max(free - copies * sum(p.numel() * p.element_size() for p in model.parameters()), 0)
     fits = free // 2 // (numbers * weight.element_size())
     return 1 << (int(min(max(fits, SMALLEST_BUDGET), most_on_card if cuda else most_on_cpu)).bit_length() - 1)
 

@@ -24,6 +24,7 @@ from tasks import Task, guessing, own, tables
 warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl|accelerate)")
 # peft imports bitsandbytes, which notes that a package is missing for kernels that are not used.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+DTYPES = ("float32", "bfloat16", "float16")
 REPORT_TO = ("none", "wandb", "tensorboard", "trackio")
 ANSWER_SPACES = ("labels", "free", "score")
 ANSWER_SPACES_HELP = "labels (default): only the task's labels; free: any token; score: likeliest one"
@@ -49,6 +50,7 @@ class Arguments:
     model_temperature: float = option(1.0, "answers", "sampling temperature")
     load_in_8bit: bool = option(False, "model", "True: the base model's linear layers with 8-bit weights")
     load_in_4bit: bool = option(False, "model", "True: with 4-bit weights (NF4, as QLoRA)")
+    dtype: str = option("", "model", "float32, bfloat16 or float16; default: bfloat16 on a card, else float32")
     trust_remote_code: bool = option(False, "model", "True: run the Python code that comes with the model")
     max_prompt_length: int | None = option(
         None, "answers", "tokens in a prompt; a longer passage is truncated; default: by the data"
@@ -63,6 +65,11 @@ class Arguments:
     report_to: str = option("wandb", "evaluation and saving", "dashboard: none, wandb, tensorboard or trackio")
 
     @property
+    def number_format(self) -> str:
+        """The name of the weights' data type; "": by the machine."""
+        return self.dtype
+
+    @property
     def model_options(self) -> dict:
         """What engine.loading takes beside the model's name and its tokenizer; `longest` is 0 as long as the prompts'
         length is to be decided."""
@@ -71,6 +78,7 @@ class Arguments:
             from_local=self.from_local,
             bits=8 if self.load_in_8bit else 4 if self.load_in_4bit else 0,
             trust_remote_code=self.trust_remote_code,
+            dtype=self.number_format,
         )
 
 
@@ -178,6 +186,8 @@ def _check_common(arguments: Arguments) -> None:
     )
     check_not_negative(arguments, ("eval_size", "max_response_length"))
     one_of("report_to", arguments.report_to, REPORT_TO)
+    if arguments.dtype:
+        one_of("dtype", arguments.dtype, DTYPES)
     _check_bits(arguments)
     if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
         raise ArgumentError(
@@ -245,9 +255,11 @@ def divisible(arguments: Arguments) -> int:
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """ArgumentError if an argument is none of its choices."""
+    """ArgumentError if an argument is none of its choices; of those it may be a misspelling of one."""
     if value not in choices:
-        raise ArgumentError(f"--{name} {value} must be one of {', '.join(choices)}")
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ArgumentError(f"--{name} {value} must be one of {', '.join(choices)}{meant}")
 
 
 def get_task(arguments: Arguments) -> Task:

@@ -26,6 +26,8 @@ from tasks import Task, own
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ".lock"
 LOCATION = ("resume", "output_dir")  # where a run lies, not what it is
+# What the weights and the optimizer's state of a checkpoint were made with.
+SETTLED = ("lora_r", "lora_alpha", "lora_targets", "use_rslora", "full_finetuning", "optimizer", "weight_decay")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "wandb")
 
 
@@ -113,6 +115,11 @@ def _resume(arguments: Arguments, folder: Path, now: dict) -> Path | None:
         raise ArgumentError(
             f"--start_epoch {changed['start_epoch']}: {folder} began with epoch {stored['start_epoch']} and goes on by "
             "itself; leave --start_epoch out"
+        )
+    for name in changed.keys() & {*SETTLED}:
+        raise ArgumentError(
+            f"--{name} {changed[name]}: {folder} began with {stored[name]}, as its checkpoints did; leave "
+            f"--{name} out, or start a new run"
         )
     _check_prompts(folder, about, now, changed)
     named = Path(arguments.resume) if Path(arguments.resume).resolve() != folder.resolve() else None

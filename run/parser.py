@@ -12,7 +12,9 @@ import sys
 import typing
 from typing import NoReturn
 
-GROUPS = ("run", "model", "training", "PPO", "SFT", "prompting", "answers", "evaluation and saving")  # as --help shows
+GROUPS = (  # as --help shows
+    "run", "model", "adapter", "training", "PPO", "SFT", "prompting", "answers", "evaluation and saving"
+)  # fmt: skip
 METAVARS = {int: "N", float: "X", str: "TEXT", list: "TEXT", bool: "True|False"}
 WORDS = {"true": True, "yes": True, "t": True, "y": True, "1": True}
 WORDS |= {"false": False, "no": False, "f": False, "n": False, "0": False}

@@ -31,6 +31,7 @@ options=(
     # --- model
     # --load_in_8bit False            # True: the base model's linear layers with 8-bit weights
     # --load_in_4bit False            # True: with 4-bit weights (NF4, as QLoRA)
+    # --dtype bfloat16                # float32, bfloat16 or float16; default: bfloat16 on a card, else float32
     # --trust_remote_code False       # True: run the Python code that comes with the model
     # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
     # --- prompting

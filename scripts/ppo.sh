@@ -29,11 +29,24 @@ options=(
     # --- model
     # --load_in_8bit False            # True: the base model's linear layers with 8-bit weights
     # --load_in_4bit False            # True: with 4-bit weights (NF4, as QLoRA)
+    # --dtype bfloat16                # float32, bfloat16 or float16; default: bfloat16 on a card, else float32
     # --trust_remote_code False       # True: run the Python code that comes with the model
     # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
+    # --- adapter
+    # --lora_r 8                      # rank
+    # --lora_alpha 16                 # scaling: the update is times alpha / r
+    # --lora_dropout 0.0              # share of a layer's input that the adapter does not see; 0 in PPO
+    # --lora_targets q_proj,v_proj    # all-linear, or names of linear layers such as q_proj,v_proj
+    # --use_rslora True               # True: scaling alpha / sqrt(r) in place of alpha / r
+    # --full_finetuning True          # True: train all weights, without an adapter
     # --- training
     # --batch_sentence_num 32         # prompts per step; default: by recipe
-    # --learning_rate 1e-4            # learning rate of the adapter; default: by recipe
+    # --learning_rate 1e-4            # learning rate; default: by recipe, or 5e-05 with --full_finetuning
+    # --optimizer adamw_8bit          # adamw_torch, adamw_torch_fused, adamw_8bit, adafactor, sgd, lion_32bit, ...
+    # --lr_scheduler cosine           # learning rate over the run: linear, cosine, constant, ...
+    # --weight_decay 0.01             # decay of the weights per step, times the learning rate
+    # --max_grad_norm 1.0             # norm that gradients are clipped to
+    # --gradient_checkpointing True   # True: less memory, as activations are computed twice
     # --start_epoch 0                 # number of the first epoch
     # --end_epoch 1                   # epoch to stop before; default: --start_epoch + 1
     # --max_steps 100                 # number of steps; 0: all epochs; default: by recipe per task, 0 with --end_epoch

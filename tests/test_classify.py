@@ -235,7 +235,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(trained, tmp_path):
 def test_a_head_learns_and_answers_again(kind, full, steps, folders, data_root, tmp_path, capsys):
     """Words tell the classes apart, which takes few steps. best/ gives the same answers with --split."""
     run, again = tmp_path / "run", tmp_path / "again"
-    given = argv(folders[kind], data_root, run, max_steps=steps, end_epoch=15, full=full, learning_rate=3e-3)
+    given = argv(folders[kind], data_root, run, max_steps=steps, end_epoch=15, full_finetuning=full, learning_rate=3e-3)
     classify.main(given)
     summary, _, predictions = read(run)
     assert summary["metrics"]["after"]["accuracy"] == 1.0
@@ -309,4 +309,4 @@ def test_what_a_head_does_not_have_is_no_option():
     options = {field.name for field in options_of(classify.HeadArguments)}
     fixed = {field.name for field in fields(classify.HeadArguments)} - options
     assert {"answer_space", "use_CoT", "max_response_length", "load_in_8bit"} <= fixed
-    assert {"full", "split", *LOCATION} <= options
+    assert {"full_finetuning", "split", *LOCATION} <= options

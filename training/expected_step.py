@@ -55,10 +55,11 @@ def expected_step(step: Step) -> float:
 @torch.no_grad()
 def reference_log_probs(step: Step, like: torch.Tensor) -> torch.Tensor:
     """(prompts, labels), as `like`: log-probabilities under the reference, 0 for a prompt that is not measured."""
-    trees = [step.policy.trie.tree] * step.measured
-    found = torch.zeros_like(like)
-    for i, states in enumerate(step.engine.states(step.prompts[: step.measured], trees, reference=True)):
-        found[i] = label_log_probs(step.engine, step.policy.trie, states[None], step.args.temperature)[0]
+    found, reference = torch.zeros_like(like), step.task.reference
+    if reference is None:
+        return found
+    for i, states in enumerate(step.reference_states([reference.trie.tree] * step.measured)):
+        found[i] = label_log_probs(reference.engine, reference.trie, states[None], step.args.temperature)[0]
     return found
 
 
@@ -119,8 +120,9 @@ def log(step: Step, table: LabelTable, sums: dict[str, float]) -> None:
         shares={word: float(share) for word, share in zip(step.task.label_words, chance.mean(0))},
         accuracy=float(correct.mean()) if len(correct) else None,
     )
+    if step.task.reference is not None:
+        step.metrics["objective/kl"] = float(drift.mean())
     step.metrics |= {
-        "objective/kl": float(drift.mean()),
         "policy/clip_fraction": sums["clip"] / passes(step),
         "policy/approx_kl": sums["approx_kl"] / passes(step),
     }

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from engine import models
 from engine.classifier import Classifier
 from machine import memory, processes
 from training.run_trainer import RunTrainer
@@ -98,10 +97,6 @@ class HeadTrainer(RunTrainer, Trainer):
         rows = len(labels) // self.samples_per_step * self.samples_per_step  # whole steps only
         first = self.args.seed + self.args.epoch_offset  # epoch n has one order, whichever run it is in
         return StratifiedSampler(labels, first, rows)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        with models.quiet():  # a bar for every file of a whole model
-            super()._save(output_dir, state_dict)
 
     @property
     def samples_per_step(self) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from engine.trees import Tree
 from machine import processes
 from training import reward_functions
 
@@ -57,9 +58,17 @@ class Step:
     @property
     def measured(self) -> int:
         """For how many of the prompts here the reference is asked: all, or the first few of all processes."""
+        if self.task.reference is None:
+            return 0
         count = len(self.prompts)
         sample = max(1, count * processes.count() // KL_SHARE)
         return count if self.args.kl_coef else min(max(sample - self.row_offset, 0), count)
+
+    def reference_states(self, trees: list[Tree]) -> list[torch.Tensor]:
+        """The reference's states (nodes, hidden) for the prompts that are measured and their answers' trees."""
+        reference = self.task.reference.engine
+        reference.lasting_prefix = self.task.prefix
+        return reference.states(self.prompts[: self.measured], trees, reference=reference is self.engine)
 
     def rewards(
         self, completions: list[str], completion_ids: list[list[int]], places: list[int], ended: list[bool]
@@ -179,13 +188,17 @@ def clip_gradients(trainer: PPOTrainer) -> torch.Tensor:
     norm before.
 
     A gradient that is not finite must stop the run before the weights change (TrainingError), so here a card is waited
-    for, once per update.
+    for, once per update. In float16, where gradients are scaled, it first makes the scale smaller, and the update is
+    left out.
     """
-    norms = [
-        nn.utils.clip_grad_norm_(group["params"], trainer.args.max_grad_norm)
-        for group in trainer.optimizer.param_groups
-    ]
+    scaler = trainer.accelerator.scaler
+    trainer.accelerator.unscale_gradients()  # float16's, and no others
+    *policy, critic = trainer.optimizer.param_groups
+    apart = [weight for group in policy for weight in group["params"]], critic["params"]
+    norms = [nn.utils.clip_grad_norm_(weights, trainer.args.max_grad_norm) for weights in apart]
     for norm in torch.stack(norms).tolist():
         if not math.isfinite(norm):
+            if scaler is not None and scaler.get_scale() > 1:
+                return torch.zeros_like(norms[0])
             raise trainer.failure(f"the gradient is {norm}", "Lower --learning_rate")
     return norms[0]

@@ -3,6 +3,7 @@ and the prefix that its prompts share. One policy may learn several tasks; a ste
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from engine.batches import common_prefix
-from engine.engine import LastingPrefix
+from engine.engine import Engine, LastingPrefix
 from engine.tokens import encode_part
 from engine.trees import LabelTrie
 from evaluation.answer_spaces import AnswerFormat, label_trie
@@ -34,6 +35,7 @@ class PPOTask:
         rows: to train on; see PPOTrainer's `train_dataset`.
         label_texts: every label as the rewards judge it, with its closing tag; label_ids: their tokens.
         policy: over the task's answers, on the one model in training.
+        reference: the same on the reference; None: there is none.
         prefix: the tokens that all its prompts begin with.
     """
 
@@ -42,9 +44,9 @@ class PPOTask:
     reward_funcs: list[Callable]
     rows: Sequence[dict]
 
-    def start(self, trainer: PPOTrainer) -> None:
-        """Take the trainer's model, engine and tokenizer. Raises ModelError if the tokenizer spells labels alike that
-        must be told apart."""
+    def start(self, trainer: PPOTrainer, reference: Engine | None) -> None:
+        """Take the trainer's model, engine and tokenizer, and the engine of its reference. Raises ModelError if the
+        tokenizer spells labels alike that must be told apart."""
         args, tokenizer = trainer.args, trainer.processing_class
         masked = args.answer_space == "labels"
         self.prefix = LastingPrefix(common_prefix([trainer.prompt_ids(row) for row in self.rows]))
@@ -57,6 +59,9 @@ class PPOTask:
             masked=masked,
             use_CoT=self.answer_format.use_CoT,
         )
+        self.reference = reference and copy.copy(self.policy)
+        if self.reference is not None:
+            self.reference.engine = reference
 
     @property
     def label_words(self) -> tuple[str, ...]:

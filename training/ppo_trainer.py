@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -63,6 +63,8 @@ class PPOConfig(TrainingArguments):
     gamma: float = field(default=1.0, metadata={"help": "discount"})
     lam: float = field(default=1.0, metadata={"help": "GAE's lambda"})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "of the reward functions; None: all 1"})
+    optim: str = field(default="adamw_torch", metadata={"help": "see TrainingArguments"})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "of Adam"})
     tokens_per_micro_batch: int = field(default=1024, metadata={"help": "tokens that go through the network at once"})
 
     def __post_init__(self):
@@ -81,7 +83,8 @@ class PPOTrainer(RunTrainer, Trainer):
 
     Args:
         model: a causal language model; with `peft_config` an adapter is put on it, and the model without the adapter
-            is the reference.
+            is the reference. Without an adapter all weights are trained; the reference is then a frozen copy of the
+            model as it is now, or, with a `kl_coef` of 0, there is none.
         reward_funcs: one or several functions, called as TRL calls them (see reward_functions.py); a column `ended`
             says which answers the model ended itself. Their rewards, times `args.reward_weights`, add up.
         args: PPOConfig.
@@ -125,6 +128,8 @@ class PPOTrainer(RunTrainer, Trainer):
         add_value_head(model)
         args.remove_unused_columns = False
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one card; several cards take several processes
+        checkpointing = args.activation_checkpointing
+        args.activation_checkpointing = False  # the engine has its own
         super().__init__(
             model=model,
             args=args,
@@ -135,9 +140,12 @@ class PPOTrainer(RunTrainer, Trainer):
             callbacks=callbacks,
         )
         self.engine = engine or Engine(model, processing_class)
-        self.engine.start_training(model, args.tokens_per_micro_batch)
+        self.engine.start_training(model, args.tokens_per_micro_batch, checkpointing)
+        reference: Engine | None = self.engine  # which switches its adapter off
+        if not isinstance(model, PeftModel):
+            reference = self.engine.frozen_copy() if args.kl_coef else None
         for task in self.tasks:
-            task.start(self)
+            task.start(self, reference)
         self.step_metrics: dict[str, float] = {}  # of the last step, until they are logged
         self.episodes: list[dict] = []  # of the last step: prompt, answer, reward, row, task
 
@@ -239,19 +247,17 @@ class PPOTrainer(RunTrainer, Trainer):
     # ------------------------------------------------------------------------------- optimizer, checkpoints, resume
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Adam (epsilon 1e-5, no weight decay) with a learning rate of its own for the value head."""
+        """Trainer's, with a learning rate of its own for the value head, the last group: no decay shrinks that."""
         if self.optimizer is None:
-            head = list(self.model.value_head.parameters())
-            policy = [
-                p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith("value_head.")
-            ]
-            self.optimizer = torch.optim.Adam(
-                [
-                    {"params": policy, "lr": self.args.learning_rate},
-                    {"params": head, "lr": self.args.value_learning_rate},
-                ],
-                eps=1e-5,
-            )
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))  # no biases, no norms
+            groups: dict[float, list] = {self.args.weight_decay: [], 0.0: []}
+            for name, weight in self.model.named_parameters():
+                if weight.requires_grad and not name.startswith("value_head."):
+                    groups[self.args.weight_decay if name in decayed else 0.0].append(weight)
+            policy = [{"params": weights, "weight_decay": decay} for decay, weights in groups.items() if weights]
+            head = {"params": [*self.model.value_head.parameters()], "lr": self.args.value_learning_rate}
+            self.optimizer = kind([*policy, {**head, "weight_decay": 0.0}], **settings)
         return self.optimizer
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
@@ -263,6 +269,9 @@ class PPOTrainer(RunTrainer, Trainer):
         return TaskSampler(strata, batch, first_epoch_seed(self.args), self.args.balance_tasks)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not isinstance(self.model, PeftModel):  # a folder that any program can load: no critic among the weights
+            weights = state_dict or self.model.state_dict()
+            state_dict = {name: weight for name, weight in weights.items() if not name.startswith("value_head.")}
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # Trainer comes here in every process
             return

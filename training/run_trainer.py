@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
+from engine import models
 from engine.engine import Engine
 from machine import manifests, processes, sharding
 from machine.errors import TrainingError
@@ -238,9 +239,14 @@ class RunTrainer:
                 f"{self.args.max_steps}: {scheduler._last_lr[0]:g}, where the checkpoint had {before[0]:g}."
             )
 
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        with models.quiet():  # a bar for every file of a whole model
+            super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """The adapter's weights alone, from safetensors; Trainer would also load start/ as a second adapter."""
         if isinstance(self.model, PeftModel):
             set_peft_model_state_dict(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_FILE))
-        else:
+            return
+        with models.quiet():  # PPO's value head lies in a file of its own
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -139,13 +139,15 @@ def judge(step: Step, rollout: Rollout) -> list[float]:
 @torch.no_grad()
 def kl_to_reference(step: Step, rollout: Rollout) -> torch.Tensor:
     """(actions,) log-probability minus the reference's (k1), on the CPU; 0 for prompts that are not measured."""
+    if step.task.reference is None:
+        return torch.zeros(len(rollout.prompt))
     actions = rollout.actions_per_prompt
     nodes = rollout.node.to(step.args.device).split(actions)
     columns, old = rollout.column.split(actions), rollout.log_probs.split(actions)
     trees = rollout.trees[: step.measured]
-    states = step.engine.states(rollout.prompts[: step.measured], trees, reference=True)
+    states = step.reference_states(trees)
     kl = [torch.zeros_like(x) for x in old]
-    for p, log_probs in enumerate(step.policy.log_distributions(states, trees)):
+    for p, log_probs in enumerate(step.task.reference.log_distributions(states, trees)):
         kl[p] = old[p] - log_probs[nodes[p], columns[p]]
     kl = torch.cat(kl)
     measures = processes.all_gather([(float(kl.sum()), sum(actions[: step.measured]))])

@@ -5,6 +5,7 @@ network once per step, and the rows in micro-batches cut by tokens. Loss and gra
 `label_tries` the loss is the cross-entropy over a task's labels; forward and order of the rows are then ppo.py's.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from engine.network import Network
 from engine.output import CAP, Transform
 from engine.trees import LabelTrie, Tree
 from machine import processes
-from machine.memory import training_token_budget
+from machine.errors import ArgumentError
+from machine.memory import OF_ALL_WEIGHTS, training_token_budget
 from training.policy import label_batches
 from training.run_trainer import RunTrainer
 from training.sampler import StratifiedSampler, first_epoch_seed, stratum
@@ -35,6 +37,7 @@ class RunConfig(SFTConfig):
     epoch_offset: int = field(default=0, metadata={"help": "number of the first epoch"})
     shared_prefix: bool = field(default=False, metadata={"help": "rows are a prompt without loss, then an answer"})
     tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "of the engine; None: by free memory"})
+    rows_per_sequence: float = field(default=1, metadata={"help": "of packed sequences, on average"})
 
 
 class Finetuner(RunTrainer, SFTTrainer):
@@ -61,10 +64,15 @@ class Finetuner(RunTrainer, SFTTrainer):
             kwargs["data_collator"] = lambda rows: {"rows": rows}
         super().__init__(*args, **kwargs)
         self.label_tries = label_tries
+        peft_config = kwargs.get("peft_config")
+        self.dropout = peft_config is not None and peft_config.lora_dropout > 0
         self.evaluation, self.on_save = evaluate_with, on_save
-        tokens = self.args.tokens_per_micro_batch or training_token_budget(self.model)
+        copies = 0 if peft_config else OF_ALL_WEIGHTS
+        tokens = self.args.tokens_per_micro_batch or training_token_budget(self.model, copies=copies)
         self.engine = engine or Engine(self.model, self.processing_class)
-        self.engine.start_training(self.model, tokens)
+        by_engine = bool(label_tries) or self.args.shared_prefix
+        self.engine.start_training(self.model, tokens, by_engine and self.args.activation_checkpointing)
+        self.args.activation_checkpointing &= not by_engine
         self.episodes: list[dict] = []  # of the last evaluation
         self.started: float | None = None  # when the step's first micro-batch began
 
@@ -88,7 +96,7 @@ class Finetuner(RunTrainer, SFTTrainer):
 
     def _label_step(self, rows: list[dict]) -> torch.Tensor:
         """Mean cross-entropy over the rows' label sets, its gradient added to the weights'."""
-        self.model.eval()  # no dropout, as in PPO
+        self.model.train(self.dropout)  # none as in PPO, unless the adapter has some
         return self._mean_loss("accuracy", len(rows), lambda total: self._add_label_gradient(rows, total))
 
     def _mean_loss(self, accuracy: str, count: int, add_gradient: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -171,7 +179,8 @@ class Finetuner(RunTrainer, SFTTrainer):
     @property
     def samples_per_step(self) -> int:
         args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.count()
+        sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.count()
+        return round(sequences * args.rows_per_sequence)
 
 
 def loss_type(network: Network) -> str:
@@ -181,6 +190,31 @@ def loss_type(network: Network) -> str:
     factor = next((x for name in TRL_FACTORS if (x := getattr(config, name, None)) is not None), 1.0)
     known = network.transform == Transform(factor, getattr(config, CAP, None))
     return "chunked_nll" if known else "nll"
+
+
+# TRL names the attention kernels that it knows to keep packed rows apart; check_packing looks at what this model does.
+logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda line: "Flash Attention" not in line.getMessage())
+
+
+@torch.no_grad()
+def check_packing(network: Network) -> None:
+    """ArgumentError unless packed rows compute as if each were alone: by their positions the model's code must tell
+    that a row begins."""
+    rows = [[3, 5, 7, 9, 11], [13, 6, 2], [4, 8, 12, 16]]
+    packed = {"input_ids": [sum(rows, [])], "position_ids": [[i for row in rows for i in range(len(row))]]}
+    packed = {name: network.to_device(torch.tensor(ids)) for name, ids in packed.items()}
+    try:
+        found = network.backbone(**packed, use_cache=False).last_hidden_state[0].float()
+    except TypeError:  # no position_ids
+        found = None
+    alone = [network.backbone(network.to_device(torch.tensor([row])), use_cache=False) for row in rows]
+    alone = torch.cat([output.last_hidden_state[0] for output in alone])
+    allowed = 1e-3 if alone.dtype == torch.float32 else 5e-2
+    if found is None or float((found - alone.float()).norm() / alone.float().norm()) > allowed:
+        raise ArgumentError(
+            f"--packing True: the code of {network.causal_lm.name_or_path} lets packed rows see each other; "
+            "leave it at False"
+        )
 
 
 def prompts_and_answers(inputs: dict[str, torch.Tensor]) -> tuple[list[list[int]], list[list[int]]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import prompts
 import rewards
@@ -65,6 +66,14 @@ def build_prompts(
     return train, shortened + shortened_too
 
 
+def new_adapter(arguments: TrainArguments, model: PreTrainedModel) -> LoraConfig | None:
+    """The adapter to train on a model; None for all weights. See models.lora_config_for."""
+    if arguments.full_finetuning:
+        model.requires_grad_(True)  # a merged adapter has left them frozen
+        return None
+    return models.lora_config_for(model, **arguments.lora)
+
+
 def trainer_settings(arguments: TrainArguments, folder: Path, rows: int) -> dict:
     """What both scripts tell Trainer: fields of TrainingArguments, and those that both configurations add.
 
@@ -82,7 +91,12 @@ def trainer_settings(arguments: TrainArguments, folder: Path, rows: int) -> dict
         dataloader_drop_last=True,
         max_steps=steps,
         learning_rate=arguments.learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=arguments.lr_scheduler,
+        optim=arguments.optimizer,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm,
+        activation_checkpointing=bool(arguments.gradient_checkpointing),
+        fp16=arguments.dtype == "float16",  # gradients are scaled, so that small ones are not lost
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -218,18 +232,19 @@ class TrainingRun:
     def announce(self, shortened: int, how: str) -> None:
         """Say what is trained on what. shortened: prompts that lost text. how: the method's own settings."""
         arguments = self.arguments
-        print(models.device_line())
+        print(models.device_line(arguments.number_format))
         for part in self.data:
             print(f"{part.task.name}: {len(part.train)} training rows, {len(part.held_out)} held out")
         print(f"{shortened} prompts were shortened to {arguments.max_prompt_length} tokens.")
         print(
-            f"{arguments.train_model_name}, {how}, learning rate {arguments.learning_rate:g}; "
+            f"{arguments.train_model_name}, {how}, {arguments.trained}, learning rate {arguments.learning_rate:g}; "
             f"the run lies in {self.folder}"
         )
 
     def save_start_adapter(self, checkpoint: Path) -> None:
-        """Complete a checkpoint by the adapter that training began from, if there was one."""
-        models.save_start_adapter(self.arguments.train_model_name, self.arguments.from_local, checkpoint)
+        """Complete a checkpoint by the adapter that training began from, if there was one: whole weights hold it."""
+        if not self.arguments.full_finetuning:
+            models.save_start_adapter(self.arguments.train_model_name, self.arguments.from_local, checkpoint)
 
     def train(self, trainer) -> None:
         """Train from the start or from the run's last checkpoint; SystemExit if a signal ended it before its time.
@@ -268,6 +283,8 @@ class TrainingRun:
             data_hash=data_hash(self.train_rows),
             steps=step,
             best_step=best["step"],
+            trained=self.arguments.trained,
+            trained_weights=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             **more,
             **self._details(data_path),
         )
