@@ -116,7 +116,7 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
         top = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, name, moment, held))
         guard.saved = "the answers so far are kept"
-        print(models.device_line())
+        print(models.device_line(arguments.dtype))
         summaries: dict[str, dict] = {}
         for job, length in zip(jobs, lengths):
             folder = top / folder_of(job.task) if several else top
