@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,8 @@ from run import model_options
 from tasks import own
 from tasks.wording import Wording
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 IDS = torch.arange(5, 25)[None]
 
 
@@ -355,3 +358,33 @@ def test_a_classification_head_is_a_folder_for_transformers(name, full, model_fo
     assert "classification head, which answers no prompts" in refused(
         capsys, inference.main, "--from_local", "True", "--train_model_name", folder, "--text", "a"
     )
+
+
+# ------------------------------------------------------------------------------------------------------- the whole way
+
+
+def bash(*command: str, cwd: Path) -> str:
+    result = subprocess.run(["bash", *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_from_a_table_to_answers_in_four_commands(tmp_path):
+    labels = ("billing", "bug report", "praise")
+    words = (("invoice", "refund"), ("crash", "error"), ("great", "thanks"))
+    rows = [f'{labels[i % 3]},"{words[i % 3][i // 3 % 2]}, ticket {i}: ""häh?"""' for i in range(300)]
+    (tmp_path / "tickets.csv").write_bytes(("\ufefflabel,text\r\n" + "\r\n".join(rows) + "\r\n").encode())
+    scripts, runs = ROOT / "scripts", tmp_path / "model"
+    tiny = ["--max_steps", "1", "--batch_sentence_num", "4", "--eval_size", "8", "--report_to", "none"]
+    bash(scripts / "ppo.sh", "--data_path", "tickets.csv", *tiny, "--output_dir", runs / "run", cwd=tmp_path)
+    subprocess.run([sys.executable, ROOT / "report.py", "--runs", runs], cwd=tmp_path, check=True, timeout=300)
+    bash(scripts / "export.sh", "--checkpoint", runs / "run" / "best", "--output_dir", "exported", cwd=tmp_path)
+    said = bash(scripts / "inference.sh", "--from_local", "True", "--train_model_name", "exported",
+                "--text", "the app crashes", "--text", "thanks!", cwd=tmp_path)  # fmt: skip
+    lines = [line.split("\t") for line in said.splitlines()[-2:]]
+    assert [line[2] for line in lines] == ["the app crashes", "thanks!"]
+    assert all(line[0] in labels and 1 / 3 <= float(line[1]) <= 1 for line in lines)
+    assert (tmp_path / "report" / "report.html").is_file()
+    for name in ("task.yaml", "README.md", "config.json"):
+        assert str(tmp_path) not in (tmp_path / "exported" / name).read_text()
