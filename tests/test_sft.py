@@ -338,7 +338,8 @@ def test_ppo_goes_on_from_sft_and_inference_loads_both(trained, model_folder, da
     assert summary(answered)["metrics"]["after"] == pytest.approx(after)
     assert summary(answered)["method"] == "trained"
     keys = set(summary(tmp_path / "moved"))
-    assert keys <= set(summary(trained)) and keys - {"steps", "best_step", "tasks"} <= set(summary(answered))
+    of_training = {"steps", "best_step", "tasks", "trained", "trained_weights"}
+    assert keys <= set(summary(trained)) and keys - of_training <= set(summary(answered))
 
 
 def test_all_tasks_of_a_folder_in_one_model(model_folder, tmp_path):
