@@ -191,6 +191,14 @@ def test_how_a_run_was_asked_goes_along(model_folder, tmp_path):
     assert asked.answer_space == "labels"
 
 
+def test_a_run_that_trained_all_weights_is_exported_too(model_folder, data_root, tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "exported"
+    ppo.main(options(model_folder, data_root, run, max_steps=1, batch_sentence_num=8, full_finetuning=True))
+    export.main(["--checkpoint", str(run / "best"), "--output_dir", str(folder)])
+    assert torch.allclose(logits(folder), logits(run / "best"), atol=1e-5)
+    assert f"`{model_folder.name}`, trained with PPO" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -337,7 +345,8 @@ def test_the_card_answers_as_inference_does(case, kind, model_folder, tmp_path):
 @pytest.mark.parametrize("name", ["SST", "STS-B"])
 def test_a_classification_head_is_a_folder_for_transformers(name, full, model_folder, tmp_path, capsys):
     run = tmp_path / "run"
-    classify.main(options(model_folder, FIXTURES, run, task=name, batch_sentence_num=2, max_steps=2, full=full))
+    classify.main(options(model_folder, FIXTURES, run, task=name, batch_sentence_num=2, max_steps=2,
+                          full_finetuning=full))  # fmt: skip
     folder = tmp_path / "exported"
     export.main(["--checkpoint", str(run / "best"), "--output_dir", str(folder)])
     model = AutoModelForSequenceClassification.from_pretrained(folder)
