@@ -127,7 +127,7 @@ def test_command(command, trained, tmp_path, request):
         assert succeeded(result) and "-m benchmarks." in result.stdout
     elif "export.sh" in command:
         assert (request.getfixturevalue("exported") / "README.md").is_file()
-    elif "--text" in command:
+    elif "--text " in command:
         folder = request.getfixturevalue("exported")
         result = run(command.replace("--train_model_name exported", f"--train_model_name {folder}"), [])
         assert succeeded(result) and result.stdout.splitlines()[-1].count("\t") == 2
