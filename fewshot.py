@@ -71,7 +71,10 @@ def that_fit(
 
 
 def show(arguments: FewshotArguments, job: Job, tokenizer) -> list[list[dict]]:
-    """Every row's demonstrations, from the training split; no row that is itself answered is among them."""
+    """Every row's demonstrations, from the training split; no row that is itself answered is among them.
+
+    tokenizer: None shows all that are drawn, as nobody knows their length.
+    """
     task = job.task
     train = loaders.training_rows(task, splits.training(task, arguments.data_path, arguments.split), arguments.seed)
     answered = {tuple(row[name] for name in task.fields) for row in job.rows}
@@ -81,7 +84,8 @@ def show(arguments: FewshotArguments, job: Job, tokenizer) -> list[list[dict]]:
     shots, left_out = [], 0
     for _ in [None] if arguments.same_shots else job.rows:
         drawn = draw(task, train, arguments.num_shots, random_)
-        shots.append(that_fit(task, drawn, longest, tokenizer, arguments.use_CoT, arguments.max_prompt_length))
+        how = arguments.use_CoT, arguments.max_prompt_length
+        shots.append(drawn if tokenizer is None else that_fit(task, drawn, longest, tokenizer, *how))
         left_out += len(drawn) - len(shots[-1])
     if len(train) < arguments.num_shots:
         print(f"{task.name}: only {len(train)} training rows can be shown, not {arguments.num_shots}.")

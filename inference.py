@@ -4,6 +4,7 @@
     bash scripts/inference.sh --task SST,RTE --answer_space score
     bash scripts/inference.sh --task MR --from_local True --train_model_name model/MR/<run>/best
     bash scripts/inference.sh --task GLUE --submission True --from_local True --train_model_name 'model/{task}/best'
+    bash scripts/inference.sh --endpoint https://api.openai.com/v1 --train_model_name gpt-4o       (docs/endpoints.md)
 
     bash scripts/inference.sh --from_local True --train_model_name exported --text "a warm and funny film"
 
@@ -95,30 +96,24 @@ def run_job(arguments: InferenceArguments, job: Job, engine, folder: Path, metho
 
 
 def run(arguments: InferenceArguments, program: str, method: str = "", show: Callable = no_shots) -> None:
-    """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations."""
+    """Answer all tasks of `--task`. `show(arguments, job, tokenizer)` gives every row its demonstrations; the tokenizer
+    is None if a server has it."""
     with faults.guard(program) as guard, contextlib.ExitStack() as held:
         jobs = load_jobs(arguments, check(arguments))
         check_rows(arguments, jobs)
-        # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without.
-        import transformers
-
-        from engine import models, templates
-        from engine.loading import load_frozen_engine
-        from evaluation import prompt_length
-
-        lengths = prompt_length.of_jobs(arguments, jobs)
-        how = arguments.model_options | {"longest": max(lengths) + arguments.max_response_length}
-        how["tokens_per_micro_batch"] = arguments.tokens_per_micro_batch
-        engine, loaded = load_frozen_engine(jobs[0].model, **how), jobs[0].model
-        check_vocabularies(arguments, jobs, engine)
         moment = prompt_record.prompts_time(arguments.resume)
+        if arguments.endpoint:
+            from evaluation import remote
+
+            answer = remote.prepare(arguments, jobs, show, moment)
+        else:
+            answer = prepare(arguments, jobs, show, moment)
         several = arguments.task in tasks.SUITES or len(jobs) > 1
         name = arguments.task.replace(",", "+").replace(" ", "") if several else jobs[0].task
         top = guard.folder = processes.broadcast_from_main(lambda: open_folder(arguments, name, moment, held))
         guard.saved = "the answers so far are kept"
-        print(models.device_line(arguments.dtype))
         summaries: dict[str, dict] = {}
-        for job, length in zip(jobs, lengths):
+        for job in jobs:
             folder = top / folder_of(job.task) if several else top
             folder.mkdir(exist_ok=True)
             stored = processes.broadcast_from_main(
@@ -128,18 +123,42 @@ def run(arguments: InferenceArguments, program: str, method: str = "", show: Cal
                 summaries[job.task.name] = json.loads(stored)
                 print(f"{job.task.name} is already done.")
                 continue
-            if job.model != loaded:
-                engine, loaded = None, job.model  # the old one goes first: two may not fit
-                engine = load_frozen_engine(job.model, **how)
-            templates.set_time(engine.tokenizer, moment)
-            transformers.set_seed(arguments.seed)
-            trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
-            used = method or ("trained" if trained else "zero-shot")
-            summaries[job.task.name] = run_job(
-                replace(arguments, max_prompt_length=length), job, engine, folder, used, show
-            )
+            summaries[job.task.name] = answer(job, folder, method)
         if processes.is_main():
             outcome.finish(arguments, jobs, top, summaries, several)
+
+
+def prepare(
+    arguments: InferenceArguments, jobs: list[Job], show: Callable, moment: datetime
+) -> Callable[[Job, Path, str], dict]:
+    """Load the first job's model. Returns `run_job` of a job, a folder and a method, with the job's own model."""
+    # Not at the top: these import torch and transformers, which takes seconds, and bad input is refused without.
+    import transformers
+
+    from engine import models, templates
+    from engine.loading import load_frozen_engine
+    from evaluation import prompt_length
+
+    lengths = prompt_length.of_jobs(arguments, jobs)
+    how = arguments.model_options | {"longest": max(lengths) + arguments.max_response_length}
+    how["tokens_per_micro_batch"] = arguments.tokens_per_micro_batch
+    engine, loaded = load_frozen_engine(jobs[0].model, **how), jobs[0].model
+    check_vocabularies(arguments, jobs, engine)
+    print(models.device_line(arguments.dtype))
+
+    def answer(job: Job, folder: Path, method: str) -> dict:
+        nonlocal engine, loaded
+        if job.model != loaded:
+            engine, loaded = None, job.model  # the old one goes first: two may not fit
+            engine = load_frozen_engine(job.model, **how)
+        templates.set_time(engine.tokenizer, moment)
+        transformers.set_seed(arguments.seed)
+        trained = bool(models.adapter_chain(job.model, arguments.from_local)[1])
+        length = lengths[jobs.index(job)]
+        used = method or ("trained" if trained else "zero-shot")
+        return run_job(replace(arguments, max_prompt_length=length), job, engine, folder, used, show)
+
+    return answer
 
 
 def check_vocabularies(arguments: InferenceArguments, jobs: list[Job], engine) -> None:

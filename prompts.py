@@ -296,12 +296,31 @@ def render(
 ) -> str:
     """A prompt as text. shots: the texts and the answer word of every demonstration. thought_end: that of the
     tokenizer's template (templates.thought_end)."""
+    instruction, users, answers = _turns(task, texts, use_CoT, shots)
+    return _layout(tokenizer, instruction, users, answers) + thought_end + (ANALYSIS if use_CoT else JUDGEMENT)
+
+
+def chat(task: Task, row: dict, use_CoT: bool = False, demonstrations: list[dict] = ()) -> list[dict[str, str]]:
+    """A prompt as the turns of a chat, for a server with a chat template of its own.
+
+    It ends with the question: few servers let a chat begin the answer. What tells that template's turns apart is not
+    known here, so texts are never broken up, and none is shortened. Raises PromptError for half of a character.
+    """
+    no_marks = re.compile(r"(?!)")
+    shots = [(row_texts(task, shot, no_marks), answer_word(task, shot["label"])) for shot in demonstrations]
+    return _conversation(*_turns(task, row_texts(task, row, no_marks), use_CoT, shots))
+
+
+def _turns(
+    task: Task, texts: dict[str, str], use_CoT: bool, shots: list[tuple[dict, str]]
+) -> tuple[str, list[str], list[str]]:
+    """A prompt's instruction, its questions, and the answers to all of them but the last."""
     wording, instruction = wording_of(task), instruction_of(task, use_CoT)
     # Braces in a row's text stay as they are: a text is filled in once and never read as a template.
     words, template = listed(shown_words(task)), f"{wording.body}\n{wording.question}"
     users = [template.format(words=words, **shown) for shown in [*(shot for shot, _ in shots), texts]]
     answers = [between_tags(word) for _, word in shots]
-    return _layout(tokenizer, instruction, users, answers) + thought_end + (ANALYSIS if use_CoT else JUDGEMENT)
+    return instruction, users, answers
 
 
 def _layout(tokenizer, instruction: str, users: list[str], answers: list[str]) -> str:
@@ -309,9 +328,13 @@ def _layout(tokenizer, instruction: str, users: list[str], answers: list[str]) -
     if tokenizer.chat_template is None:
         turns = [f"Prompt: {user}\nAssistant: {answer}" for user, answer in zip(users, [*answers, ""])]
         return "\n".join([f"System_prompt: {instruction}", *turns])
+    return templates.render(tokenizer, _conversation(instruction, users, answers))
+
+
+def _conversation(instruction: str, users: list[str], answers: list[str]) -> list[dict[str, str]]:
     # Not every template has a system role, so the instruction opens the first user's turn.
     first, *others = users
-    return templates.render(tokenizer, templates.conversation([f"{instruction}\n{first}", *others], answers))
+    return templates.conversation([f"{instruction}\n{first}", *others], answers)
 
 
 def turn_marks(tokenizer) -> re.Pattern:

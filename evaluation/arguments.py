@@ -3,16 +3,30 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from engine.folders import EMBEDDED
 from evaluation.jobs import Job, suites_named
+from machine import processes
 from machine.errors import ArgumentError
 from run.answer_options import check_calibration, fill_in_number_answer
-from run.arguments import ANSWER_SPACES, ANSWER_SPACES_HELP, TASKS_HELP, Arguments, as_dict, get_tasks, one_of
+from run.arguments import (
+    ANSWER_SPACES,
+    ANSWER_SPACES_HELP,
+    TASKS_HELP,
+    Arguments,
+    as_dict,
+    check_not_negative,
+    check_positive,
+    get_tasks,
+    one_of,
+)
 from run.parser import option
 from tasks import Task, splits
 
-SAME_ON_RESUME = {"resume", "output_dir", "report_to"}  # what may differ when a run goes on
+SAME_ON_RESUME = {  # what may differ when a run goes on
+    "resume", "output_dir", "report_to", "concurrency", "price_in", "price_out"
+}  # fmt: skip
 
 
 @dataclass
@@ -37,11 +51,17 @@ class InferenceArguments(Arguments):
         None, "prompting", "a text to label, may be repeated; -: every line of standard input"
     )
     resume: str = option("", "run", "folder of an interrupted run to finish")
+    endpoint: str = option("", "endpoint", "base URL of an OpenAI-compatible server that answers, as a rule .../v1")
+    concurrency: int = option(8, "endpoint", "requests to the server at a time")
+    price_in: float = option(0.0, "endpoint", "price of a million prompt tokens, for the cost in summaries and reports")
+    price_out: float = option(0.0, "endpoint", "price of a million tokens of answers")
 
 
 def check(arguments: InferenceArguments) -> list[Task]:
     """The tasks; refuses what cannot be run and fills in defaults. Raises ArgumentError."""
     chosen = get_tasks(arguments)
+    if arguments.endpoint:
+        check_endpoint(arguments)
     arguments.answer_space = arguments.answer_space or "labels"
     one_of("answer_space", arguments.answer_space, ANSWER_SPACES)
     fill_in_number_answer(arguments)
@@ -79,3 +99,33 @@ def check_rows(arguments: InferenceArguments, jobs: list[Job]) -> None:
             f"--calibration batch takes the mean over the answered rows, and of {single} there is one; use "
             "--calibration contextual, or answer more rows"
         )
+
+
+def check_endpoint(arguments: InferenceArguments) -> None:
+    """Refuse what no server can be asked for, and fill in the answer space. Raises ArgumentError."""
+    if arguments.text:
+        raise ArgumentError(
+            "--text asks a model here; an --endpoint answers the rows of a --data_path, labelled or not"
+        )
+    check_positive(arguments, ("concurrency",))
+    check_not_negative(arguments, ("price_in", "price_out"))
+    try:
+        url = urlsplit(arguments.endpoint)
+        usable = url.scheme in ("http", "https") and url.hostname and (url.port or True)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ArgumentError(f"--endpoint {arguments.endpoint} is no URL; give one such as http://localhost:8000/v1")
+    if url.username or url.password or url.query:  # not repeated: it may be a key
+        raise ArgumentError(
+            "--endpoint has a user, a password or a query, and would be written into the run's folder; give the bare "
+            "URL, and the key as OPENAI_API_KEY in the environment"
+        )
+    arguments.answer_space = arguments.answer_space or "free"
+    if arguments.answer_space != "free":
+        raise ArgumentError(
+            f"--answer_space {arguments.answer_space} needs the model itself, and an --endpoint answers freely; leave "
+            "it out"
+        )
+    if processes.count() > 1:
+        raise ArgumentError(f"--endpoint takes one process, not {processes.count()}; raise --concurrency instead")

@@ -54,7 +54,10 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
                 f"--train_model_name {name} does not say which task it was trained on, or was on several; name one "
                 "with --task"
             )
-    return {"task": task} | model_options.of_model(Path(name))
+    options = {"task": task} | model_options.of_model(Path(name))
+    if given.get("endpoint"):  # whatever the model was trained for, a server answers freely
+        options = {name: value for name, value in options.items() if name not in ("answer_space", "number_answer")}
+    return options
 
 
 class Classifier:

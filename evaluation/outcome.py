@@ -71,7 +71,6 @@ def write_leaderboard_file(path: Path, job: Job, answers: list, majority: int | 
 def finish(arguments: Arguments, jobs: list[Job], top: Path, summaries: dict[str, dict], several: bool) -> None:
     """The suites' scores and zips, the dashboard, and where everything lies."""
     from evaluation import leaderboard
-    from run import dashboards
 
     scored = {name: summary["metrics"]["after"] for name, summary in summaries.items()}
     figures = {
@@ -90,6 +89,10 @@ def finish(arguments: Arguments, jobs: list[Job], top: Path, summaries: dict[str
             print(f"\n{suite} leaderboard zip, complete and checked: {top / suite}.zip")
     each = "for each task " if several else ""
     print(f"\n{top} holds {each}predictions.jsonl (every prompt and answer) and summary.json.")
+    if arguments.report_to == "none":
+        return
+    from run import dashboards
+
     method = next(iter(summaries.values()))["method"]
     dashboards.log_figures(arguments.report_to, top, as_dict(arguments), figures, method)
 

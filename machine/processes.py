@@ -106,9 +106,8 @@ def quiet_others() -> None:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held: on its card if there is one, else in all."""
-    import torch
-
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # not imported: nothing was computed here
+    if torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 

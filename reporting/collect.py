@@ -217,6 +217,8 @@ def read_result(run: Run, task: Task) -> Result:
         samples=samples,
         seconds=summary.get("train_seconds") or summary.get("seconds"),
         memory=summary.get("peak_memory_bytes"),
+        tokens=summary.get("tokens"),
+        cost=summary.get("cost"),
         history=run.history,
         samples_per_step=samples / steps if steps else 0.0,
         together=tuple(run.tasks),
@@ -291,6 +293,7 @@ def manner(run: Run, task: Task) -> list[str]:
     """Departures from greedy answers without an analysis in the usual format, by the probabilities as they are; of
     numbers, from their mean."""
     names = {"use_CoT": "chain of thought", "strict_format": "strict format", "do_sample": "sampled answers"}
+    names |= {"endpoint": "by a server"}
     given = run.arguments
     found = [name for argument, name in names.items() if given.get(argument)]
     found += [f"{given['calibration']} calibration"] if given.get("calibration", "none") != "none" else []

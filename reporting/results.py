@@ -60,6 +60,8 @@ class Result:
     samples: int = 0
     seconds: float | None = None
     memory: int | None = None  # bytes
+    tokens: dict[str, int] | None = None  # `input` and `output`, as a server counted them
+    cost: float | None = None  # of these tokens, in the currency of --price_in
     answers: list[dict] | None = None  # the lines of predictions.jsonl
     history: list[dict] = field(default_factory=list)
     samples_per_step: float = 0.0

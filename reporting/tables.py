@@ -11,7 +11,7 @@ import numpy as np
 import tasks
 from evaluation import metrics
 from reporting.comparison import Cell, Comparison, cells
-from reporting.results import START, Collection, Group, rank, task_title
+from reporting.results import START, Collection, Group, Result, rank, task_title
 
 NONE = "–"
 READING = (
@@ -169,6 +169,10 @@ def cost_table(groups: list[Group]) -> Table:
         "Samples are training samples. Time is that of training for heads, SFT and PPO, and that of answering for the "
         "others."
     )
+    served = any(r.tokens for group in groups for r in group.results)
+    if served:
+        header += ["tokens in prompts", "tokens in answers", "price"]
+        note += " Tokens are those that a server counted, and the price is theirs by --price_in and --price_out."
     table = Table("Cost of each method, means over its runs", header, [], note)
     for group in groups:
         each = group.results
@@ -178,8 +182,15 @@ def cost_table(groups: list[Group]) -> Table:
         row += [", ".join(str(r.seed) for r in each), f"{np.mean([r.samples for r in each]):.0f}"]
         row += [time_text(float(np.mean(seconds))) if seconds else NONE]
         row += [f"{np.mean(memory) / 1e9:.2f} GB" if memory else NONE]
-        table.rows.append(row)
+        table.rows.append([*row, *(paid(each) if served else [])])
     return table
+
+
+def paid(results: list[Result]) -> list[str]:
+    """The cells for tokens in prompts, tokens in answers and their price, means over the results that have them."""
+    tokens, costs = [r.tokens for r in results if r.tokens], [r.cost for r in results if r.cost is not None]
+    cells = [f"{np.mean([t[name] for t in tokens]):.0f}" if tokens else NONE for name in ("input", "output")]
+    return [*cells, f"{np.mean(costs):.4f}" if costs else NONE]
 
 
 def time_text(seconds: float) -> str:

@@ -9,6 +9,7 @@ import platform
 import re
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -241,15 +242,20 @@ def _left_by_a_start(path: Path) -> bool:
 
 def versions() -> dict[str, str]:
     """What the run was computed with: Python, the packages, the hardware and the project's commit."""
-    import torch
-
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}",
+        "device": _device_name(),
         "commit": commit or "unknown",
     }
+
+
+def _device_name() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "none"  # a server computed
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}"
 
 
 def data_hash(rows: list[dict]) -> str:

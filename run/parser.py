@@ -13,7 +13,7 @@ import typing
 from typing import NoReturn
 
 GROUPS = (  # as --help shows
-    "run", "model", "adapter", "training", "PPO", "SFT", "prompting", "answers", "evaluation and saving"
+    "run", "model", "endpoint", "adapter", "training", "PPO", "SFT", "prompting", "answers", "evaluation and saving"
 )  # fmt: skip
 METAVARS = {int: "N", float: "X", str: "TEXT", list: "TEXT", bool: "True|False"}
 WORDS = {"true": True, "yes": True, "t": True, "y": True, "1": True}

@@ -50,7 +50,9 @@ def hash_of(*groups: Iterable[Sequence[int]]) -> str:
 
 
 def record(tokenizer, prompts_hash: str) -> dict[str, str]:
-    """What is kept of a task's prompts. prompts_hash: see hash_of."""
+    """What is kept of a task's prompts. prompts_hash: see hash_of. tokenizer: None if a server has it."""
+    if tokenizer is None:
+        return {"hash": prompts_hash}
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     template = tokenizer.chat_template or ""
     return {"hash": prompts_hash, "chat_template": _short(template), "vocabulary": _short(vocabulary)}
@@ -60,7 +62,7 @@ def check(folder: Path, task: str, before: dict[str, str], now: dict[str, str]) 
     """ArgumentError unless a task's prompts are those that the run in this folder began with; it names what differs."""
     if before["hash"] == now["hash"]:
         return
-    causes = [name for name in ("chat_template", "vocabulary") if before.get(name) != now[name]]
+    causes = [name for name in ("chat_template", "vocabulary") if before.get(name) != now.get(name)]
     words = {"chat_template": "the model's chat template", "vocabulary": "the model's tokenizer"}
     changed = " and ".join(words[name] for name in causes) or "neither the model's chat template nor its vocabulary"
     raise ArgumentError(

@@ -34,6 +34,11 @@ options=(
     # --dtype bfloat16                # float32, bfloat16 or float16; default: bfloat16 on a card, else float32
     # --trust_remote_code False       # True: run the Python code that comes with the model
     # --tokens_per_micro_batch 512    # tokens per forward pass; default: by free memory
+    # --- endpoint
+    # --endpoint http://localhost:8000/v1 # base URL of an OpenAI-compatible server that answers, as a rule .../v1
+    # --concurrency 8                 # requests to the server at a time
+    # --price_in 2.5                  # price of a million prompt tokens, for the cost in summaries and reports
+    # --price_out 10.0                # price of a million tokens of answers
     # --- prompting
     # --batch_sentence_num 256        # rows answered and saved at a time
     # --eval_size 500                 # rows per task; 0: all; default: 400, or all where they are unlabelled

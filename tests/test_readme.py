@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_server import chat, completion, serving
 
 from classify import HeadArguments
 from evaluation.arguments import InferenceArguments
@@ -174,8 +175,11 @@ def runs_a_script(command: str, trained: Path, folder: Path) -> None:
         pytest.skip("needs the original files of SST")
     command = command.replace("model/MR/RUN/best", str(trained / "best"))
     command = re.sub(r"tickets\.(csv|yaml)", lambda file: str(own_task(folder.parent) / file[0]), command)
+    command = command.replace("_name exported", f"_name {trained / 'best'}")
     training = any(script in command for script in ("ppo.sh", "sft.sh", "classify.sh"))
-    assert succeeded(run(command, [*(TINY_TRAINING if training else TINY), "--output_dir", str(folder)]))
+    with serving(lambda path, _: chat("yes") if "/chat/" in path else completion("yes")) as server:
+        command = re.sub(r"--endpoint \S+", f"--endpoint {server.url}", command)
+        assert succeeded(run(command, [*(TINY_TRAINING if training else TINY), "--output_dir", str(folder)]))
     assert (folder / "summary.json").is_file()
 
 

@@ -236,6 +236,18 @@ def test_the_cost_of_a_method(made_up):
     assert found["zero-shot (labels)"] == ["1", "0", "0", "12.3 s", "1.50 GB"]
 
 
+def test_the_tokens_and_the_price_of_a_server_s_answers(tmp_path):
+    for seed, cost in ((0, 0.1), (1, 0.3)):
+        paid = {"tokens": {"input": 1000 * (seed + 1), "output": 50}, "cost": cost, "peak_memory_bytes": None}
+        make_run(tmp_path, f"gpt-{seed}", "zero-shot", flipped(), seed, summary=paid, endpoint="http://x/v1")
+    make_run(tmp_path, "here", "zero-shot", flipped(1))
+    table = tables.cost_table(collect.collect(tmp_path).groups)
+    assert table.header[-3:] == ["tokens in prompts", "tokens in answers", "price"]
+    found = {row[2]: row[-4:] for row in table.rows}
+    assert found["zero-shot (labels, by a server)"] == [tables.NONE, "1500", "50", "0.2000"]
+    assert found["zero-shot (labels)"][1:] == [tables.NONE] * 3
+
+
 def test_the_start_of_training_is_a_zero_shot_result_unless_there_is_one(made_up):
     (made_up / "zero" / "summary.json").unlink()
     found = {group.method: group for group in collect.collect(made_up).groups}
