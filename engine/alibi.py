@@ -49,11 +49,12 @@ class Alibi:
             self._bias, self._mask = before
 
     @contextlib.contextmanager
-    def at(self, positions: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    def at(self, positions: torch.Tensor, mask: torch.Tensor | None, longest: int) -> Iterator[torch.Tensor | None]:
         """In here the layers compute so; gives the mask for the model, which builds biases and masks of its own from it
-        that nobody reads. positions (rows, tokens); mask as the attention in use takes it, None: causal."""
-        if int(positions.max()) >= self._table.shape[1]:
-            self._table = self._biases(2 * int(positions.max()) + 2, positions.device)
+        that nobody reads. positions (rows, tokens), all below `longest`; mask as the attention in use takes it, None:
+        causal."""
+        if longest > self._table.shape[1]:
+            self._table = self._biases(2 * longest, positions.device)
         with self.using((self._table[:, positions].transpose(0, 1), mask)):  # (rows, heads, tokens)
             # MPT goes on with a mask of four dimensions as it is; BLOOM and Falcon refuse one.
             mpt = hasattr(self._backbone, "build_mpt_alibi_tensor")

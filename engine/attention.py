@@ -3,14 +3,15 @@
 The rows' queries attend to the prefix's keys as one long row, and to their own keys row by row. Softmax over both is a
 mean of the two results, weighted by their sums of exponentials (Hydragen: Juravsky et al. 2024,
 https://arxiv.org/abs/2402.05099). The gradient splits in the same way: each part's is the usual one, with the sum of
-exponentials and the output of both (as in ring attention: Liu et al. 2023, https://arxiv.org/abs/2310.01889). For the
-CPU, whose kernel returns and takes these sums.
+exponentials and the output of both (as in ring attention: Liu et al. 2023, https://arxiv.org/abs/2310.01889).
 
-`packed`: the rows are one packed sequence, without padding, with or without gradient. `shared_prefix`: the rows of a
-padded batch that grows token by token, without gradient. `masked` is attention to a padded batch without such a part.
+`packed`: the rows are one packed sequence, without padding, with or without gradient; for the CPU, whose kernel returns
+and takes these sums (a card has flex.py). `shared_prefix`: the rows of a padded batch that grows token by token,
+without gradient. `masked` is attention to a padded batch without such a part.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,15 +20,39 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from engine import alibi
+from engine import alibi, masks
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 SHORTEST = 128  # tokens; with a shorter prefix `shared_prefix` gains nothing
-Row = tuple[int, int, torch.Tensor | None]  # first token, the one after the last, and (tokens, tokens) 0 or -inf
 Shared = tuple[torch.Tensor, torch.Tensor]  # keys and values
 NOTHING = None, None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a packed sequence: the tokens of a prompt, and then those of its tree.
+
+    Attributes:
+        start: its first token.
+        stop: the one after its last.
+        parents: of the tree's nodes, the root included; None: every token sees all before it.
+    """
+
+    start: int
+    stop: int
+    parents: tuple[int, ...] | None = None
+
+    @functools.cached_property
+    def mask(self) -> torch.Tensor | None:
+        """(tokens, tokens) 0 where one of its tokens sees another, else -inf; None: causal."""
+        if self.parents is None:
+            return None
+        size, nodes = self.stop - self.start, len(self.parents) - 1
+        seen = torch.ones(size, size, dtype=torch.bool).tril()
+        seen[size - nodes :, size - nodes :] = masks.ancestors(self.parents, nodes)
+        return masks.additive(seen)
 
 
 @dataclass(frozen=True)
@@ -35,7 +60,7 @@ class Packing:
     """Where the rows are in a packed sequence.
 
     Attributes:
-        rows: each row's first token, the one after its last, and its mask.
+        rows: in order, without gaps.
         inside: the first tokens are a prefix that all rows see; these tokens are then the first row.
         before: where the keys and values that each row alone sees before its tokens are in those of another layer, its
             past; None if there is none.
@@ -89,19 +114,15 @@ class PackedLayer(DynamicLayer):
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether this works for the model where every token attends to all tokens before it: on a CPU in float32 or
-    bfloat16, and attention through transformers' AttentionInterface or alibi.py."""
+    """Whether this works for the model where every token attends to all tokens before it: in float32 or bfloat16, and
+    attention through transformers' AttentionInterface or alibi.py."""
     weight, config = model.get_output_embeddings().weight, model.config.get_text_config()
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and (
-            alibi.fit(model.base_model) is not None
-            or getattr(model, "_supports_attention_backend", False)
-            and config._attn_implementation == "sdpa"
-            and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
-            and not getattr(config, "attn_logit_softcapping", None)
-        )
+    return weight.dtype in (torch.float32, torch.bfloat16) and (
+        alibi.fit(model.base_model) is not None
+        or getattr(model, "_supports_attention_backend", False)
+        and config._attn_implementation == "sdpa"
+        and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+        and not getattr(config, "attn_logit_softcapping", None)
     )
 
 
@@ -175,15 +196,15 @@ class Packed(torch.autograd.Function):
             out[:, :, mine].lerp_(other, torch.sigmoid(other_sums - sums[:, :, mine])[..., None])
             sums[:, :, mine] = torch.logaddexp(sums[:, :, mine], other_sums)
 
-        for start, stop, mask in packing.rows:
-            own = slice(start, stop)
+        for row in packing.rows:
+            own, mask = slice(row.start, row.stop), row.mask
             out[:, :, own], sums[:, :, own] = flash(
                 q[:, :, own], k[:, :, own], v[:, :, own], is_causal=mask is None, attn_mask=mask, scale=scaling
             )
         if past_key is not None:
             past = tuple(_expanded(groups, past_key, past_value))
-            for (start, stop, _), (first, end) in zip(packing.rows, packing.before):
-                also(slice(start, stop), *(x[:, :, first:end] for x in past))
+            for row, (first, end) in zip(packing.rows, packing.before):
+                also(slice(row.start, row.stop), *(x[:, :, first:end] for x in past))
         if prefix_key is not None:
             also(slice(None), *_expanded(groups, prefix_key, prefix_value))
         if inside := packing.inside:
@@ -209,8 +230,8 @@ class Packed(torch.autograd.Function):
             of_q[:, :, mine] += dq
             return dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
 
-        for start, stop, mask in packing.rows:
-            own = slice(start, stop)
+        for row in packing.rows:
+            own, mask = slice(row.start, row.stop), row.mask
             inputs = (x[:, :, own] for x in (grad, q, k, v, out, sums))
             of_q[:, :, own], dk, dv = flash_backward(
                 *inputs, dropout_p=0.0, is_causal=mask is None, attn_mask=mask, scale=ctx.scaling
@@ -219,8 +240,8 @@ class Packed(torch.autograd.Function):
         if past_key is not None:
             of_past = torch.zeros_like(past_key), torch.zeros_like(past_value)
             past = tuple(_expanded(groups, past_key, past_value))
-            for (start, stop, _), (first, end) in zip(packing.rows, packing.before):
-                found = also(slice(start, stop), *(x[:, :, first:end] for x in past))
+            for row, (first, end) in zip(packing.rows, packing.before):
+                found = also(slice(row.start, row.stop), *(x[:, :, first:end] for x in past))
                 for total, part in zip(of_past, found):
                     total[:, :, first:end] = part
         if prefix_key is not None:
@@ -244,7 +265,18 @@ def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _attend(query, key, value, mask, scaling) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention (rows, heads, tokens, size), and the logarithms (rows, heads, tokens) of the sums of exponentials."""
-    return flash(query, key, value, attn_mask=mask, scale=scaling)
+    if query.device.type == "cpu":
+        return flash(query, key, value, attn_mask=mask, scale=scaling)
+    # A card's kernels take a mask or return the sums, not both. Decoding has few tokens, so their scores are small.
+    return _attend_by_scores(query, key, value, mask, scaling)
+
+
+def _attend_by_scores(query, key, value, mask, scaling) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_attend` by its definition."""
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if mask is None else scores + mask
+    sums = scores.logsumexp(-1)
+    return (scores - sums[..., None]).exp() @ value, sums
 
 
 for function in (packed, shared_prefix, masked):

@@ -6,9 +6,9 @@ tree, so the prompt is pushed through the network once, however many answers are
 
 1. The tokens with which all prompts begin (instruction, demonstrations) go through the network once per call, not once
    per row; in training their keys and values are leaves that collect the micro-batches' gradients, which go back
-   through the prefix once. On a CPU they are not even copied for every row (attention.py).
-2. Rows are sorted by length and divided into micro-batches by a budget of tokens, not by a count. On a CPU the rows of
-   a micro-batch are a packed sequence, without padding.
+   through the prefix once. They are not even copied for every row (attention.py).
+2. Rows are sorted by length and divided into micro-batches by a budget of tokens, not by a count. The rows of a
+   micro-batch are a packed sequence, without padding (attention.py; on a card flex.py).
 3. The vocabulary projection, and the last block's feed-forward layer (feedforward.py), see only the states where an
    answer token is chosen.
 4. Tokens that end an answer, or that the label set forces, are never pushed through the network.

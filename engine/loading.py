@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from engine import masks, models
+from engine.batches import common_prefix
 from engine.engine import Engine
-from engine.network import Network
+from engine.network import Network, Prefix
 from engine.output import verified
 from engine.trees import Tree
 from machine import memory, sharding
@@ -133,6 +134,8 @@ def check(engine: Engine, longest: int = 0, tolerance: float = 1e-3) -> str | No
         reason = differences[-1]
         if any(differences):
             network.packed, network.min_separate_prefix = False, None
+        elif network.packed and network.flex and not network.lockstep:
+            network.packed = _gradients_agree(network, examples, 4 * allowed)
     network.plain = reason is not None
     return reason
 
@@ -140,7 +143,10 @@ def check(engine: Engine, longest: int = 0, tolerance: float = 1e-3) -> str | No
 def layouts(network: Network) -> list[tuple[bool, int | None]]:
     """(packed, min_separate_prefix) of all layouts that the network may choose from; every model that fits any of them
     fits the last one."""
-    return [(True, 1), (False, 1), (False, None)] if network.packed else [(False, None)]
+    if not network.packed:
+        return [(False, None)]
+    separate = None if network.min_separate_prefix is None else 1
+    return list(dict.fromkeys([(True, separate), (False, separate), (False, None)]))
 
 
 def _difference(engine: Engine, layout, examples, plain: torch.Tensor, allowed: float) -> str | None:
@@ -154,6 +160,27 @@ def _difference(engine: Engine, layout, examples, plain: torch.Tensor, allowed: 
     if error < allowed:
         return None
     return f"with a shared prefix its numbers would differ by {error:.0e} of their size"
+
+
+def _gradients_agree(network: Network, examples, allowed: float) -> bool:
+    """Whether the prefix's keys and values get the same gradients in packed and in padded rows. flex_attention has a
+    kernel of its own for them, which the states do not show, and which a card may not be able to run."""
+    prompts, trees = examples
+    length, found = common_prefix(prompts), []
+    keys_values, _ = network.run_prefix(prompts[0][:length])
+    try:
+        for packed in (True, False):
+            leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in keys_values]
+            with network.layout(packed, None), torch.enable_grad():
+                states = network.states(prompts, trees, Prefix(length, leaves)).float()
+                weights = torch.linspace(-1, 1, states.numel(), device=states.device)
+                gradients = torch.autograd.grad(weights @ states.flatten(), [x for pair in leaves for x in pair])
+            found.append(torch.cat([x.float().flatten() for x in gradients]))
+    except Exception as error:  # a compiler's and a kernel's errors have no type in common
+        if memory.ran_out(error):
+            raise
+        return False
+    return float((found[0] - found[1]).norm()) < allowed * float(found[1].norm())
 
 
 @contextlib.contextmanager

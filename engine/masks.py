@@ -5,9 +5,13 @@ as numbers. Layers with a sliding window see less; their window counts positions
 and the other branches of a tree.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+Mask = TypeVar("Mask")
 # Rotary embeddings whose frequencies depend on the longest sequence of a batch.
 BY_LENGTH = ("longrope",)
 
@@ -63,14 +67,29 @@ def for_model(
             mask = additive(mask, dtype)
         return mask[:, None]
 
-    if size is None:
-        return form(seen)
-    near = seen & (cache.positions[:, None] > positions[..., None] - size)
-    if getattr(config, "layer_types", None) is None:
-        return form(near)
-    return {"full_attention": form(seen), "sliding_attention": form(near)}
+    def of_window(window: int | None) -> torch.Tensor:
+        near = cache.positions[:, None] > positions[..., None] - window if window else True
+        return form(seen & near)
+
+    return by_layer(model, of_window, size)
+
+
+def by_layer(model: PreTrainedModel, mask: Callable[[int | None], Mask], size: int | None) -> Mask | dict[str, Mask]:
+    """`mask` of a window of this size (None: without one) as the model takes it: one, or one for each kind of layer."""
+    if size is None or getattr(model.config.get_text_config(), "layer_types", None) is None:
+        return mask(size)
+    return {"full_attention": mask(None), "sliding_attention": mask(size)}
 
 
 def additive(seen: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """0 where a token is seen, else -inf."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+
+
+def ancestors(parents: Sequence[int], nodes: int) -> torch.Tensor:
+    """(nodes, nodes): which tree tokens (root not counted) a tree token sees; padding sees itself."""
+    seen = torch.eye(nodes, dtype=torch.bool)
+    for node in range(1, len(parents)):
+        if parents[node] > 0:
+            seen[node - 1] |= seen[parents[node] - 1]
+    return seen

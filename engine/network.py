@@ -1,7 +1,7 @@
 """One forward of a causal language model: prompts with a shared prefix, and the trees of tokens that follow them.
 
-Rows take one of three layouts: a packed sequence without padding (attention.py, CPU only), a padded batch, or, for a
-model that neither fits, a plain padded batch with a sequence for every path through a tree.
+Rows take one of three layouts: a packed sequence without padding (attention.py; on a card flex.py), a padded batch,
+or, for a model that neither fits, a plain padded batch with a sequence for every path through a tree.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from engine import alibi, attention, feedforward, lora, masks
+from engine import alibi, attention, feedforward, flex, lora, masks
 from engine.output import Transform, transforms
 from engine.trees import Tree
 from machine import processes, sharding
@@ -38,6 +38,7 @@ class Network:
 
     Attributes:
         packed: rows are one packed sequence; else a padded batch.
+        flex: packed rows attend by flex_attention, which knows windows too.
         min_separate_prefix: in a padded batch a prefix of so many tokens is not copied for every row; None: it always
             is.
         plain: the model fits neither, and takes the plain forward (see loading.check).
@@ -59,10 +60,11 @@ class Network:
 
     def set_window(self, window: int | None) -> None:
         """Let some layers see only so many of the last tokens; None: no prompt with its answer is longer than that.
-        Only without a window can rows be packed."""
+        On a CPU only rows without a window can be packed, and nowhere can they have a separate prefix."""
         self.window = window
-        self.packed = window is None and attention.fits(self.causal_lm)
-        self.min_separate_prefix = attention.SHORTEST if self.packed else None
+        self.flex = flex.serves(self.device)
+        self.packed = (self.flex or window is None) and attention.fits(self.causal_lm)
+        self.min_separate_prefix = attention.SHORTEST if self.packed and window is None else None
 
     def set_model(self, model: nn.Module) -> None:
         """Compute with `model` from here on: this network's own with an adapter put on it, for one."""
@@ -156,7 +158,7 @@ class Network:
             if self.alibi:
                 positions = torch.arange(ids.shape[1], device=self.device)[None]
                 stack.enter_context(attention.in_use(self.causal_lm, attention.masked))
-                mask = stack.enter_context(self.alibi.at(positions, None))
+                mask = stack.enter_context(self.alibi.at(positions, None, ids.shape[1]))
             states = self.backbone(ids, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
         return [(layer.keys, layer.values) for layer in cache.layers], states
 
@@ -189,14 +191,14 @@ class Network:
         inside = 0 if prefix.keys_values else prefix.length
         ids = prompts[0][:inside]
         positions = list(range(inside))
-        rows: list[attention.Row] = [(0, inside, None)] if inside else []
+        rows = [attention.Row(0, inside)] if inside else []
         # 2. The rows, each at the positions of a plain sequence.
         nodes: list[list[int]] = []  # per row its nodes' places
         for prompt, tree in zip(prompts, trees):
             start, rest = len(ids), len(prompt) - prefix.length
             ids += prompt[prefix.length :] + tree.tokens[1:]
             positions += [*range(prefix.length, len(prompt)), *(len(prompt) + depth - 1 for depth in tree.depths[1:])]
-            rows.append((start, len(ids), _branch_mask(tree, rest)))
+            rows.append(_row(start, len(ids), tree))
             nodes.append(list(range(start + rest - 1, len(ids))))
         # 3. One pass, and the nodes' states.
         packing = attention.Packing(rows, inside)
@@ -204,7 +206,7 @@ class Network:
         read = torch.tensor([place for places in nodes for place in places])
         hidden = self.run_packed(ids, positions, layers, read)
         where = torch.tensor([padded(places, max(map(len, nodes))) for places in nodes])
-        spans = [(start, stop) for start, stop, _ in rows[-len(prompts) :]]
+        spans = [(row.start, row.stop) for row in rows[-len(prompts) :]]
         return PackedForward(self, prompts, hidden[where], hidden, layers, spans)
 
     def _padded_forward(self, prompts: list[list[int]], trees: list[Tree], prefix: Prefix) -> "Forward":
@@ -232,7 +234,7 @@ class Network:
         mask[:, :width, length:] = torch.ones(width, width + nodes, dtype=torch.bool).tril()
         if nodes:
             mask[:, width:, length : length + width] = (torch.arange(width) < sizes[:, None])[:, None]
-            mask[:, width:, length + width :] = torch.stack([_ancestor_mask(tree.parents, nodes) for tree in trees])
+            mask[:, width:, length + width :] = torch.stack([masks.ancestors(tree.parents, nodes) for tree in trees])
         # 3. One pass, and the nodes' states.
         cache = self.kv_cache(prefix.keys_values, rows)
         nodes_at = torch.arange(width, width + nodes).expand(rows, nodes)
@@ -247,7 +249,8 @@ class Network:
         """A KV cache that begins with the prefix's keys and values, expanded over the rows; a long prefix, which would
         be copied for each row in every layer, is kept beside it. own: the rows' own keys and values, per layer."""
         length, own = prefix[0][0].shape[2] if prefix else 0, own or []
-        cache = masks.KVCache(torch.arange(length, device=self.device).expand(rows, length))
+        width = length + (own[0][0].shape[2] if own else 0)
+        cache = masks.KVCache(torch.arange(width, device=self.device).expand(rows, width))
         separate = self.min_separate_prefix and length >= self.min_separate_prefix and not torch.is_grad_enabled()
         for i in range(max(len(prefix), len(own))):
             layer = attention.PrefixLayer(*prefix[i]) if separate else DynamicLayer()
@@ -275,16 +278,18 @@ class Network:
         with contextlib.ExitStack() as stack:
             read = None if read is None else self.to_device(read)
             stack.enter_context(feedforward.only(self.last_feedforward, read))
+            longest = int(positions.max()) + 1  # before they are on a card, which would be waited for
             positions, mask = self.to_device(positions), self.to_device(mask)
             # 1. The attention for the kind of cache; None: the model's own.
             kind = type(cache.layers[0]) if cache.layers else None
-            functions = {attention.PackedLayer: attention.packed, attention.PrefixLayer: attention.shared_prefix}
+            packed = flex.packed_flex if self.flex else attention.packed
+            functions = {attention.PackedLayer: packed, attention.PrefixLayer: attention.shared_prefix}
             function = functions.get(kind, attention.masked if self.alibi else None)
             if function:
                 stack.enter_context(attention.in_use(self.causal_lm, function))
             # 2. The mask that it takes.
             if kind is attention.PackedLayer:
-                mask = mask[:, None]
+                mask = self._packed_mask(cache.layers[0]) if self.flex else mask[:, None]
             elif kind is attention.PrefixLayer:
                 mask = masks.additive(mask[:, :, cache.layers[0].prefix[0].shape[2] :])[:, None]
             else:
@@ -292,7 +297,7 @@ class Network:
                     cache.positions = torch.cat([cache.positions, positions], dim=1)
                 mask = masks.for_model(self.causal_lm, mask, self.window, positions, cache)
             if self.alibi:
-                mask = stack.enter_context(self.alibi.at(positions, mask))
+                mask = stack.enter_context(self.alibi.at(positions, mask, longest))
             return self.backbone(
                 self.to_device(ids),
                 attention_mask=mask,
@@ -300,6 +305,13 @@ class Network:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+
+    def _packed_mask(self, layer: attention.PackedLayer):
+        """The mask of a packed sequence for flex_attention, or one for each kind of layer."""
+        prefix, past = (0 if pair is None else pair[0].shape[2] for pair in (layer.prefix, layer.past))
+        numbers = flex.numbered(layer.packing, prefix, past)
+        numbers = flex.Numbers(self.to_device(numbers.keys), self.to_device(numbers.queries))
+        return masks.by_layer(self.causal_lm, lambda window: flex.mask(numbers, window), self.window)
 
 
 class Forward:
@@ -341,7 +353,7 @@ class PackedForward:
         positions = [len(p) + depth - 1 for p, tree in zip(self._prompts, trees) for depth in tree.depths[1:]]
         sizes = [len(tree) - 1 for tree in trees]
         ends = list(itertools.accumulate(sizes))
-        rows = [(end - size, end, _branch_mask(tree, 0)) for end, size, tree in zip(ends, sizes, trees) if size]
+        rows = [_row(end - size, end, tree) for end, size, tree in zip(ends, sizes, trees) if size]
         packing = attention.Packing(rows, before=[span for size, span in zip(sizes, self._spans) if size])
         layers = [attention.PackedLayer(packing, layer.shared(), past=layer) for layer in self._layers]
         states = self._network.run_packed(ids, positions, layers)
@@ -353,21 +365,7 @@ def padded(items: list[int], size: int, filler: int = 0) -> list[int]:
     return items + [filler] * (size - len(items))
 
 
-def _branch_mask(tree: Tree, prompt: int) -> torch.Tensor | None:
-    """(tokens, tokens) 0 where one of a prompt's and its tree's tokens sees another, else -inf; None if all see all
-    before them."""
-    if all(parent == node - 1 for node, parent in enumerate(tree.parents)):
-        return None
-    size = prompt + len(tree) - 1
-    seen = torch.ones(size, size, dtype=torch.bool).tril()
-    seen[prompt:, prompt:] = _ancestor_mask(tree.parents, len(tree) - 1)
-    return torch.zeros(size, size).masked_fill(~seen, -torch.inf)
-
-
-def _ancestor_mask(parents: list[int], nodes: int) -> torch.Tensor:
-    """(nodes, nodes): which tree tokens (root not counted) a tree token sees; padding sees itself."""
-    seen = torch.eye(nodes, dtype=torch.bool)
-    for node in range(1, len(parents)):
-        if parents[node] > 0:
-            seen[node - 1] |= seen[parents[node] - 1]
-    return seen
+def _row(start: int, stop: int, tree: Tree) -> attention.Row:
+    """A packed row whose last tokens are the tree's."""
+    branched = any(parent != node - 1 for node, parent in enumerate(tree.parents))
+    return attention.Row(start, stop, tuple(tree.parents) if branched else None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.attention import flex_attention
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from engine import flex
 from engine.models import lora_config
 
 # The real files of the tasks; they are other people's text, and a test that reads them skips where they are absent.
@@ -120,6 +122,15 @@ def plain_label_log_probs(model, prompt: list[int], spellings: list[list[int]], 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch):
+    """Packed rows attend by flex_attention, as torch defines it, without compiling. It refuses gradients on a CPU,
+    though its definition has them, and the meta device."""
+    monkeypatch.setattr(flex, "serves", lambda device: True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
 @pytest.fixture(scope="session")

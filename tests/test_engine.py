@@ -81,17 +81,20 @@ def never(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------- states, gradients
 
 
-@pytest.fixture(params=["packed", "expanded", "separate"])
+@pytest.fixture(params=["packed", "flex", "expanded", "separate"])
 def any_prefix(request, monkeypatch):
-    """How rows and their shared prefix are laid out: packed, or padded with the prefix's keys and values expanded over
-    them, or padded with a separate prefix."""
+    """How rows and their shared prefix are laid out: packed, also as on a card, or padded with the prefix's keys and
+    values expanded over them, or padded with a separate prefix."""
     make = Network.__init__
 
     def made(self, *arguments):
         make(self, *arguments)
         if self.packed:
-            self.packed = request.param == "packed"
+            self.packed = request.param in ("packed", "flex")
             self.min_separate_prefix = None if request.param == "expanded" else 1
+
+    if request.param == "flex":
+        request.getfixturevalue("as_on_a_card")
 
     monkeypatch.setattr(Network, "__init__", made)
 

@@ -392,12 +392,13 @@ def test_an_update_that_runs_out_of_memory_is_begun_again(mode, tmp_path):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-5) and error(found[1][1], found[0][1]) < 1e-4
 
 
-NEEDS_A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+NEEDS_A_CARD = (pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card"))
 
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=NEEDS_A_CARD)])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mode", [*MODES, "expected"])
-def test_nothing_in_an_update_waits_for_a_card(mode, device, tmp_path, monkeypatch):
+def test_nothing_in_an_update_waits_for_a_card(mode, packed, device, tmp_path, monkeypatch, request):
     """Torch's meta device has no numbers, so reading one there is an error; a card also notices copies that wait."""
 
     class Update(Exception):
@@ -421,7 +422,10 @@ def test_nothing_in_an_update_waits_for_a_card(mode, device, tmp_path, monkeypat
     for name in names:
         setattr(known, name, getattr(known, name).to(device))
     trainer.model.to(device)
-    trainer.engine.network.packed, trainer.engine.network._columns = False, {}  # rows are packed on the CPU only
+    if device == "meta":
+        request.getfixturevalue("as_on_a_card")
+    network = trainer.engine.network
+    network.packed, network.flex, network._columns = packed, True, {}
     monkeypatch.setattr(PPOConfig, "device", torch.device(device))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)  # knows no meta device
     if device == "cuda":
