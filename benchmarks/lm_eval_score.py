@@ -60,6 +60,8 @@ def main() -> None:
         tokenizer = common.load_tokenizer(inputs)
         model = AutoModelForCausalLM.from_pretrained(inputs["model_folder"], dtype=torch.float32)
         common.check_same_model(model, inputs)
+        if torch.cuda.is_available():  # as this project's own scoring
+            model = model.to("cuda", torch.bfloat16)
         scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch, max_length=8192)
         manager = TaskManager(include_path=str(arguments.prompts.parent / name), include_defaults=False)
         settings = dict(tasks=[name], task_manager=manager, bootstrap_iters=0)
