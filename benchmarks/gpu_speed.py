@@ -4,9 +4,12 @@
     .venv/bin/python -m benchmarks.gpu_speed --shape 1.5B --program trl   GRPOTrainer on the same rows
 
 The weights are random, so answers of any tokens never end by themselves: free answers have 16 tokens in both programs,
-an analysis has 96. After the measured steps one step more counts the operations that were carried out (padding and
-recomputation included), and another one counts what waited for the card: in the whole step, and in its updates.
+an analysis has 96. Operations are those of the matrix products of all tokens that went through the network, padding
+included, attention's own products left out. After the measured steps one step more counts what waited for the card: in
+the whole step, and in its updates.
 """
+
+from benchmarks import common  # first: its clock starts here  # isort: skip
 
 import argparse
 import contextlib
@@ -19,10 +22,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import ppo
 from benchmarks import gpu_models, report
+from benchmarks.operations import llama
 from benchmarks.ours_ppo import ClockCallback, clock_trainer
 from training import ppo_trainer
 from training.ppo_step import Step
@@ -34,7 +37,7 @@ MODES = {
     "free": (*SAMPLED, "--answer_space", "free"),
     "CoT": (*SAMPLED, "--use_CoT", "True"),
 }
-WARM_UP, MEASURED = 1, 2  # steps; then one that counts operations and one that counts waits
+WARM_UP, MEASURED = 1, 2  # steps; then one that counts waits
 ANSWER_TOKENS = 16
 SIZES = {  # prompts per step and samples per prompt
     "tiny": (2, 2),
@@ -80,40 +83,66 @@ class Waits:
         return sum("synchronizing CUDA operation" in str(warning.message) for warning in self._seen)
 
 
+class Operations:
+    """Counts the multiplications and additions of a network's matrix products, as operations.py does by formula."""
+
+    def __init__(self, network):
+        self.count, self._sizes = 0, llama(network.causal_lm.config, common.LORA["r"])
+        run_blocks, run_prefix, logits = network.run_blocks, network.run_prefix, network.logits
+
+        def blocks(ids, positions, mask, cache, read=None):
+            self._add(ids.numel(), ids.numel() if read is None else len(read))
+            return run_blocks(ids, positions, mask, cache, read)
+
+        def prefix(ids):
+            self._add(len(ids), 0)
+            return run_prefix(ids)
+
+        def head(states, vocabulary=None):
+            columns = network.head.weight.shape[0] if vocabulary is None else len(vocabulary)
+            self.count += (4 if states.requires_grad else 2) * states.numel() * columns
+            return logits(states, vocabulary)
+
+        network.run_blocks, network.run_prefix, network.logits = blocks, prefix, head
+
+    def _add(self, tokens: int, read: int) -> None:
+        """A forward of so many tokens and, where a graph is kept, its backward: the frozen weights have no gradient."""
+        frozen, lora = self._sizes.frozen_uses(tokens, read), self._sizes.lora_uses(tokens, read)
+        self.count += 4 * frozen + 6 * lora if torch.is_grad_enabled() else 2 * (frozen + lora)
+
+
 class CardCallback(ClockCallback):
-    """The clock, which waits for the card; and what the two steps after the measured ones count."""
+    """The clock, which waits for the card; what is counted in every step; and in the last one, what waits."""
 
     def __init__(self):
         super().__init__(None, until=2.0, time_limit=float("inf"))
         self.waits = Waits() if torch.cuda.is_available() else None
         self.tokens: list[int] = []  # pushed through the network, by step
-        self.operations = 0
-        self._counter = None
+        self.operations: list[int] = []
+        self.counter: Operations | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
-        number = state.global_step
-        if number == WARM_UP:
+        network = self.trainer.engine.network
+        if state.global_step == 0:
+            self.counter = Operations(network)
+        if state.global_step == WARM_UP:
             gpu_models.forget_peak()
-        if number == WARM_UP + MEASURED:
+        if state.global_step == WARM_UP + MEASURED:
             self.memory = gpu_models.peak_memory()
-            self._counter = FlopCounterMode(display=False)
-            self._counter.__enter__()
-        if number == WARM_UP + MEASURED + 1 and self.waits is not None:
-            self.waits.begin()
-        self._before = self.trainer.engine.tokens_computed
+            if self.waits is not None:
+                self.waits.begin()
+        self._before = network.tokens_computed, self.counter.count
         gpu_models.wait()
         super().on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
-        number = state.global_step - 1
-        if number == WARM_UP + MEASURED:
-            self._counter.__exit__(None, None, None)
-            self.operations = self._counter.get_total_flops()
-        if number == WARM_UP + MEASURED + 1 and self.waits is not None:
+        if state.global_step == WARM_UP + MEASURED + 1 and self.waits is not None:
             self.waits.end()
         gpu_models.wait()
         super().on_step_end(args, state, control, **kwargs)
-        self.tokens.append(self.trainer.engine.tokens_computed - self._before)
+        tokens, operations = self._before
+        self.tokens.append(self.trainer.engine.network.tokens_computed - tokens)
+        self.operations.append(self.counter.count - operations)
 
 
 def measured_steps(figures: list[float]) -> list[float]:
@@ -125,7 +154,7 @@ def ours(shape: str, mode: str, rate: float) -> dict:
     prompts, samples = SIZES[shape]
     callback, trainer_class = CardCallback(), ppo_trainer.PPOTrainer
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    command = [*MODES[mode], "--batch_sentence_num", str(prompts), "--max_steps", str(WARM_UP + MEASURED + 2)]
+    command = [*MODES[mode], "--batch_sentence_num", str(prompts), "--max_steps", str(WARM_UP + MEASURED + 1)]
     command += ["--repeat_time", str(samples)] if mode != "expected" else []
     command += ["--eval_size", "2", "--report_to", "none", "--output_dir", str(folder)]
     clock_trainer(callback, whole_answers=True)
@@ -142,8 +171,8 @@ def ours(shape: str, mode: str, rate: float) -> dict:
         "samples_per_prompt": 1 if mode == "expected" else samples,
         "seconds_per_sample": seconds / MEASURED / per_step,
         "tokens_per_second": sum(measured_steps(callback.tokens)) / seconds,
-        "operations_per_step": callback.operations,
-        "share_of_rate": callback.operations * MEASURED / seconds / rate,
+        "operations_per_step": sum(measured_steps(callback.operations)) / MEASURED,
+        "share_of_rate": sum(measured_steps(callback.operations)) / seconds / rate,
         "peak_memory_bytes": callback.memory,
         "rows": "plain" if network.plain else "packed" if network.packed else "padded",
         "waits": callback.waits and {"step": callback.waits.steps, "updates": callback.waits.updates},

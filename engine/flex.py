@@ -97,9 +97,9 @@ def _of_row(row: Row, size: int, first: int, shared: int) -> tuple[list[int], li
 
 
 def _in_blocks(rows: list[list[int]], fillers: list[int]) -> torch.Tensor:
-    """(rows, numbers) rounded up to whole blocks. A query that fills up sees what the last one does: a query without
-    any key would be NaN."""
-    more = -len(rows[0]) % BLOCK
+    """(rows, numbers) rounded up to whole blocks, two at least: torch compiles sizes of 1 apart. A query that fills up
+    sees what the last one does: a query without any key would be NaN."""
+    more = max(2 * BLOCK - len(rows[0]), -len(rows[0]) % BLOCK)
     return torch.tensor([row + [filler] * more for row, filler in zip(rows, fillers)], dtype=torch.int32)
 
 
@@ -155,7 +155,10 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def _compiled():
-    return torch.compile(flex_attention, dynamic=True)
+    # Torch finds out by itself that numbers of tokens vary; whatever else does (gradients, windows) is compiled apart,
+    # and beyond this limit torch would go on without compiling, with all scores in memory.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention)
 
 
 def packed_flex(module, query, key, value, attention_mask, scaling=None, **kwargs):

@@ -95,7 +95,7 @@ class Network:
             return self.transform(self.head(states).float())
         # In bfloat16 the product would round labels to steps of an eighth, and make close ones equal.
         if tuple(vocabulary) not in self._columns:
-            self._columns[tuple(vocabulary)] = torch.tensor(vocabulary, device=self.device)
+            self._columns[tuple(vocabulary)] = self.to_device(torch.tensor(vocabulary))
         columns = self._columns[tuple(vocabulary)]
         bias = None if self.head.bias is None else self.head.bias[columns].float()
         return self.transform(nn.functional.linear(states.float(), self.head.weight[columns].float(), bias))
@@ -205,7 +205,7 @@ class Network:
         layers = [attention.PackedLayer(packing, pair) for pair in prefix.keys_values or [None] * self.layers]
         read = torch.tensor([place for places in nodes for place in places])
         hidden = self.run_packed(ids, positions, layers, read)
-        where = torch.tensor([padded(places, max(map(len, nodes))) for places in nodes])
+        where = self.to_device(torch.tensor([padded(places, max(map(len, nodes))) for places in nodes]))
         spans = [(row.start, row.stop) for row in rows[-len(prompts) :]]
         return PackedForward(self, prompts, hidden[where], hidden, layers, spans)
 
@@ -341,6 +341,7 @@ class PackedForward:
         """A padded KV cache, to go on with. Trees must have one node."""
         width = max(stop - start for start, stop in self._spans)
         places = torch.tensor([[min(start + i, stop - 1) for i in range(width)] for start, stop in self._spans])
+        places = self._network.to_device(places)
         own = [layer.padded(places) for layer in self._layers]
         return self._network.kv_cache(self._prefix(), len(self._spans), own)
 

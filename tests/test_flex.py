@@ -3,6 +3,7 @@
 The engine's own tests take flex_attention as one of their layouts (test_engine.py, test_ppo_trainer.py).
 """
 
+import math
 import random
 import shutil
 
@@ -93,7 +94,7 @@ def test_tokens_see_their_ancestors_and_blocks_leave_none_of_them_out(kind, wind
             expected &= positions[prefix + past :, None] - positions < window
         mask = flex.block_mask(flex.numbered(packing, prefix, past), window)
         queries, all_keys = mask.seq_lengths
-        assert queries % 4 == all_keys % 4 == 0 and queries - tokens < 4 and all_keys - keys < 4
+        assert (queries, all_keys) == tuple(max(8, 4 * math.ceil(size / 4)) for size in (tokens, keys))
         q, k = torch.arange(queries)[:, None], torch.arange(all_keys)
         found = mask.mask_mod(0, 0, q, k)
         assert torch.equal(found[:tokens, :keys], expected)
@@ -215,9 +216,7 @@ def test_the_compiled_kernel_goes_by_the_blocks(monkeypatch):
 
 def test_one_kernel_serves_all_numbers_of_tokens(monkeypatch):
     graphs = []
-    engine = compiled_engine(
-        monkeypatch, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
-    for prompts in (MANY, PROMPTS["prefix"] * 50, PROMPTS["no prefix"] * 30):
+    engine = compiled_engine(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for prompts in (MANY, PROMPTS["prefix"] * 50, PROMPTS["no prefix"] * 30, PROMPTS["one row"], MANY + MANY):
         engine.states(prompts, trees_for(prompts))
-    assert len(graphs) == 1, [str(g.code)[-300:] for g in graphs]
+    assert len(graphs) <= 2  # one for the first number, one for all others
