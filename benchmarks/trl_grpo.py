@@ -52,6 +52,8 @@ class GRPOArguments:
     train_model_name: str = option(models.EMBEDDED, "model", "the embedded model, or a hub name")
     from_local: bool = option(False, "model", "True: --train_model_name is a folder with a whole model")
     data_path: str = option("", "run", "file or folder in the task's format, in place of the one below data/")
+    text_columns: str = option("", "run", "a table's columns of texts, as subject,body; default: by their names")
+    label_column: str = option("", "run", "a table's column of labels; default: by its name")
     output_dir: str = option("", "run", "folder of the run; without one nothing is evaluated")
     seed: int = option(0, "run", "seed of the data order, the sampling and the adapter's initial weights")
     rows: int = option(576, "training", "training rows, each seen once")
