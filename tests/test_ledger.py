@@ -175,7 +175,8 @@ def test_a_line_says_what_a_run_was_and_what_came_out(runs, tmp_path):
     assert entry.metrics == {"accuracy": 0.75, "invalid_rate": 0.05} and entry.labels == "1010" + "01" * 7 + "0-"
     assert (entry.train_seconds, entry.peak_memory_bytes, entry.date) == (12.5, 10**9, "2001-02-03")
     assert (entry.machine, entry.commit) == ("a processor, cpu x 1", "abcdefabcdef")
-    assert entry.command == ".venv/bin/python sft.py --task SST --answer_space labels --eval_size 0 --data_path SST"
+    given = "--task SST --answer_space labels --eval_size 0 --data_path SST --learning_rate 0.0005"
+    assert entry.command == f".venv/bin/python sft.py {given}"
     start = found["zero-shot (labels)", 0]
     assert (start.rows_trained, start.train_seconds, start.labels, start.score) == (0, None, "0" * 20, 0.5)
 

@@ -225,6 +225,7 @@ def test_a_hub_that_does_not_answer_is_tried_once_and_quickly(monkeypatch):
     def load(*given, **how):
         raise ConnectionError("offline" if huggingface_hub.constants.HF_HUB_OFFLINE else "five retries")
 
+    loaders._reach_hub.cache_clear()  # of other tests
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)

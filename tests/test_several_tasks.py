@@ -2,6 +2,7 @@
 runs of the script with their figures by task."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -262,7 +263,8 @@ def test_the_tasks_of_a_folder_or_of_a_suite_by_size(model_folder, data, tmp_pat
     assert summary["task"] == "GLUE" and summary["tasks"] == ["SST", "STS-B"] and summary["steps"] == 11
     assert Counter(line["task"] for line in lines if "policy/loss" in line) == {"SST": 6, "STS-B": 5}
     assert (tmp_path / "run" / "epoch-1").is_dir()
-    assert "--task SST,STS-B --answer_space labels" in capsys.readouterr().out
+    asked = re.search(r"scripts/inference.sh (.*)", capsys.readouterr().out)[1]
+    assert "--task SST,STS-B " in asked and f"--data_path {data / 'GLUE'}" in asked and "--answer_space labels" in asked
     with pytest.raises(SystemExit):  # a suite is all of its tasks, and most are not here; AX is no matter
         ppo.main(argv(model_folder, data, tmp_path / "suite", task="GLUE"))
     assert (
