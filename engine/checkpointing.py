@@ -12,13 +12,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
+from engine import feedforward
 from engine.alibi import Alibi
 
 
 def enable(backbone: nn.Module, blocks: int, alibi: Alibi | None) -> None:
     """Let all of so many blocks but the last compute so: that one's feed-forward layer sees but a few tokens
     (feedforward.py). ValueError for a model whose blocks are no list."""
-    stack = next((m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks), None)
+    stack = feedforward.stack(backbone, blocks)
     if stack is None:
         raise ValueError(f"the {blocks} blocks of {type(backbone).__name__} are no list, so none can be computed again")
     for index, block in enumerate(stack[:-1]):

@@ -30,11 +30,16 @@ class _Forward:
         return result.view(hidden.shape)
 
 
+def stack(backbone: nn.Module, blocks: int) -> nn.ModuleList | None:
+    """The list of the model's blocks, which are so many; None if it has none."""
+    return next((m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks), None)
+
+
 def last(backbone: nn.Module, blocks: int) -> _Forward | None:
     """The feed-forward layer of the last of so many blocks, made able to leave tokens out; None for a model whose layer
     has another name, or that has several in a block (a mixture of experts)."""
-    stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
-    layers = [getattr(stacks[0][-1], name, None) for name in NAMES] if stacks else []
+    found = stack(backbone, blocks)
+    layers = [getattr(found[-1], name, None) for name in NAMES] if found is not None else []
     layer = next((layer for layer in layers if layer is not None), None)
     # A mixture of experts may also return how it chose among them.
     if layer is None or any("expert" in name or "router" in name for name, _ in layer.named_modules()):

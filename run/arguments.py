@@ -312,6 +312,8 @@ def _fill_in_task(arguments: Arguments) -> None:
         arguments.task, arguments.data_path = arguments.data_path, ""
         if not own.is_task_file(arguments.task):
             tables.check_suffix(arguments.task)
+    elif arguments.data_path and not file.exists():
+        raise ArgumentError(f"--data_path {arguments.data_path}: no such file or folder; check the path")
     else:
         arguments.task = "MR"
 

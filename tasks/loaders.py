@@ -127,33 +127,40 @@ def _from_hub(task: Task, split: str, tried: str) -> list[dict]:
         raise MissingData(f"{failed} the hub does not have this task; {way_out}")
     if split not in task.hub_splits:
         raise MissingData(f"{failed} hub {name} has no such split; {way_out}")
+    unreached = ""
     try:
         import datasets  # takes seconds, and only this function needs it
 
-        _reach_hub(task.hub[0])
+        unreached = _reach_hub(task.hub[0])
         table = datasets.load_dataset(*task.hub, split=task.hub_splits[split])
     except Exception as error:  # whatever the hub client raises, the user needs both sources in one message
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = unreached or _in_short(error)
         raise MissingData(f"{failed} hub {name} did not answer ({reason}); {way_out}") from error
     return _to_rows(task, split, enumerate(table, 1), f"hub {name} {task.hub_splits[split]}", "row")
 
 
+def _in_short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 @functools.cache
-def _reach_hub(name: str) -> None:
+def _reach_hub(name: str) -> str:
     """One quick try: a hub that cannot be reached would be asked again and again. From then on only what was
-    downloaded before is looked for."""
+    downloaded before is looked for. Returns why it was not reached."""
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
+        return ""
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=HUB_SECONDS)
     except HfHubHTTPError:
         pass  # it answers; load_dataset says what is wrong
-    except Exception:  # no network, no such host, no answer in time: whatever the client makes of it
+    except Exception as error:  # no network, no such host, no answer in time: whatever the client makes of it
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return _in_short(error)
+    return ""
 
 
 def _to_rows(task: Task, split: str, records: Iterable[Record], source: str, unit: str) -> list[dict]:

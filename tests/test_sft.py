@@ -154,10 +154,8 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(loss_on, model_folde
 # ---------------------------------------------------------------------------------------- loss on the choice of a label
 
 
-def label_trainer(arguments, parts: list[TaskData], model_folder: Path, folder: Path) -> Finetuner:
-    tokenizer = models.load_tokenizer(str(model_folder), True)
-    sft.check(arguments)
-    table, _ = sft.dataset(arguments, parts, tokenizer)
+def random_finetuner(arguments, table, tokenizer, model_folder: Path, folder: Path, **more) -> Finetuner:
+    """A trainer whose adapter does something from the start."""
     torch.manual_seed(0)
     return Finetuner(
         models.load_model(str(model_folder), True),
@@ -168,8 +166,16 @@ def label_trainer(arguments, parts: list[TaskData], model_folder: Path, folder: 
         peft_config=models.lora_config(init_lora_weights=False),
         evaluate_with=lambda engine: {},
         on_save=lambda folder: None,
-        label_tries=[answer_spaces.label_trie(part.task, tokenizer) for part in parts],
+        **more,
     )
+
+
+def label_trainer(arguments, parts: list[TaskData], model_folder: Path, folder: Path) -> Finetuner:
+    tokenizer = models.load_tokenizer(str(model_folder), True)
+    sft.check(arguments)
+    table, _ = sft.dataset(arguments, parts, tokenizer)
+    tries = [answer_spaces.label_trie(part.task, tokenizer) for part in parts]
+    return random_finetuner(arguments, table, tokenizer, model_folder, folder, label_tries=tries)
 
 
 def expected_weights(part: TaskData, row: dict, soft: bool, smoothing: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from conftest import SIZE, tiny_model, with_lora, word_tokenizer
 from peft import get_peft_model
 from safetensors.torch import load_file
+from test_sft import random_finetuner
 from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.training_args import OptimizerNames
 
@@ -31,7 +32,7 @@ from training.arguments import OF_BITSANDBYTES, OF_TORCH, SCHEDULERS, TrainArgum
 from training.data import find_tasks
 from training.policy import label_log_probs
 from training.ppo_trainer import PPOConfig, PPOTrainer
-from training.sft_trainer import IGNORED, Finetuner, check_packing
+from training.sft_trainer import IGNORED, check_packing
 
 SCRIPTS = {"ppo": ppo, "sft": sft}
 
@@ -461,17 +462,7 @@ def test_packed_rows_have_the_loss_and_gradient_that_they_have_alone(model_folde
         pieces += [tuple(part) for part in torch.tensor(ids).split(sizes) for part in [part.tolist()]]
     assert sorted(pieces) == sorted(map(tuple, alone["input_ids"])) and 3 <= len(table) < len(alone) / 2
     # The loss of a step is the mean over all its tokens, each seeing its own row.
-    torch.manual_seed(0)
-    trainer = Finetuner(
-        models.load_model(str(model_folder), True),
-        sft.trainer_config(arguments, tmp_path, len(table)),
-        train_dataset=table,
-        eval_dataset=table.select([0]),
-        processing_class=tokenizer,
-        peft_config=models.lora_config(init_lora_weights=False),
-        evaluate_with=lambda engine: {},
-        on_save=lambda folder: None,
-    )
+    trainer = random_finetuner(arguments, table, tokenizer, model_folder, tmp_path)
     assert trainer.args.packing and trainer.args.per_device_train_batch_size == 1
     trainer.create_optimizer()
     batch = next(iter(trainer.get_train_dataloader()))
